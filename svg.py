@@ -1,0 +1,1307 @@
+"""SVG: Latent Diffusion Model without Variational Autoencoder (arXiv 2510.15301), the whole method in one file.
+
+    image -> frozen DINO tokens + aligned residual tokens = latent -> noise -> velocity -> latent -> image
+
+Read from top to bottom. Images are float RGB [B, 3, H, W] in [-1, 1]; latents are tokens [B, N, C] in row-major
+order, N = grid*grid; t runs from 0 (noise) to 1 (data). `train_ae.py`, `train_dit.py`, `sample.py` and `fid.py`
+are the four programs that use this file.
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import struct
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+class UserError(Exception):
+    """What the user can mend: shown as one line that names the file or flag and the remedy, exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image -> tokens: one vision transformer for every frozen encoder and for the residual encoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rope_angles(periods, h, w):
+    """Angles [h*w, 4*len(periods)] of DINOv3's axial rotary position embedding, patch centres in [-1, 1]."""
+    y = (torch.arange(h, device=periods.device) + 0.5) / h * 2 - 1
+    x = (torch.arange(w, device=periods.device) + 0.5) / w * 2 - 1
+    yx = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2, 1)  # [h*w, 2, 1]
+    return (2 * math.pi * yx / periods.float()).flatten(1).repeat(1, 2)
+
+
+def rotate(x, angles):
+    """Rotate the last angles.shape[0] tokens of x [B, heads, tokens, head_dim]; the ones before (CLS, registers) stay."""
+    prefix, patches = x[:, :, :-len(angles)], x[:, :, -len(angles):]
+    a, b = patches.chunk(2, -1)
+    patches = patches * angles.cos() + torch.cat([-b, a], -1) * angles.sin()
+    return torch.cat([prefix, patches.to(x.dtype)], 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention [B, N, D] -> [B, N, D]; QK-Norm is a LayerNorm over each head's dimension."""
+
+    def __init__(self, dim, heads, qk_norm=False, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, angles=None):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # [B, heads, N, D/heads]
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    """Linear-GELU-Linear; dropout after both, as in torchvision's ViT."""
+
+    def __init__(self, dim, hidden, approximate="none", dropout=0.0):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.approximate, self.dropout = approximate, nn.Dropout(dropout)
+
+    def forward(self, x):
+        x = self.dropout(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.dropout(self.fc2(x))
+
+
+class SwiGLU(nn.Module):
+    """The gated MLP of DINOv3 S+: w3(silu(w1 x) * w2 x)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(dim, hidden), nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel at the end of each branch."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, dim, heads, swiglu, layer_scale, eps, dropout):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, dropout=dropout)
+        self.mlp = SwiGLU(dim, 4 * dim) if swiglu else Mlp(dim, 4 * dim, dropout=dropout)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, angles=None):
+        x = x + self.dropout(self.ls1(self.attn(self.norm1(x), angles)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """A plain vision transformer; parameter names are those of the official DINO files.
+
+    grid=None gives DINOv3's rotary positions, grid=n a learned position embedding for CLS and n*n patches that is
+    resized (bicubic) to other grids; `offset` and `antialias` are the two ways DINOv2's releases do that.
+    forward: normalised images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, 1 + registers + h*w, dim].
+    """
+
+    def __init__(self, patch, dim, depth, heads, grid=None, registers=0, swiglu=False, layer_scale=True, eps=1e-6,
+                 offset=0.0, antialias=False, dropout=0.0):
+        super().__init__()
+        self.patch, self.dim, self.grid, self.offset, self.antialias = patch, dim, grid, offset, antialias
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        if registers:
+            self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 0.02)
+        if grid:
+            self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid * grid, dim) * 0.02)
+        else:
+            n = dim // heads // 4
+            self.register_buffer("rope_periods", 100.0 ** (torch.arange(n) / n), persistent=False)
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, dim, patch, patch)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(dim, heads, swiglu, layer_scale, eps, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.prefix = 1 + registers
+
+    def positions(self, h, w):
+        """The learned position embedding on an h x w grid, CLS first: [1, 1 + h*w, dim]."""
+        n = self.grid
+        if (h, w) == (n, n):
+            return self.pos_embed
+        patches = self.pos_embed[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)
+        # DINOv2's offset makes the scale factor, not the size, the argument, and so moves the sampling positions.
+        where = dict(scale_factor=((h + self.offset) / n, (w + self.offset) / n)) if self.offset else dict(size=(h, w))
+        patches = F.interpolate(patches, mode="bicubic", antialias=self.antialias, **where)
+        return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+
+    def forward(self, x):
+        x = self.patch_embed.proj(x)
+        B, _, h, w = x.shape
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        angles = None
+        if self.grid:
+            x = x + self.positions(h, w)
+        else:
+            angles = rope_angles(self.rope_periods, h, w)
+        if self.prefix > 1:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, angles)
+        return self.norm(x)
+
+
+_DINOV3 = dict(patch=16, registers=4, eps=1e-5)
+_DINOV2 = dict(patch=14, grid=37, offset=0.1)
+_DINOV2_REG = dict(patch=14, grid=37, registers=4, antialias=True)
+_S, _B, _L = dict(dim=384, depth=12, heads=6), dict(dim=768, depth=12, heads=12), dict(dim=1024, depth=24, heads=16)
+ENCODERS = {  # name: arguments of ViT
+    "dinov3_vits16": dict(_DINOV3, **_S),
+    "dinov3_vits16plus": dict(_DINOV3, **_S, swiglu=True),
+    "dinov3_vitb16": dict(_DINOV3, **_B),
+    "dinov3_vitl16": dict(_DINOV3, **_L),
+    "dinov2_vits14": dict(_DINOV2, **_S),
+    "dinov2_vitb14": dict(_DINOV2, **_B),
+    "dinov2_vitl14": dict(_DINOV2, **_L),
+    "dinov2_vits14_reg": dict(_DINOV2_REG, **_S),
+    "dinov2_vitb14_reg": dict(_DINOV2_REG, **_B),
+    "dinov2_vitl14_reg": dict(_DINOV2_REG, **_L),
+}
+
+
+def imagenet_normalize(images):
+    """[-1, 1] -> zero mean and unit variance per channel, by the ImageNet statistics that DINO was trained with."""
+    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
+    return ((images + 1) / 2 - mean) / std
+
+
+class Encoder(nn.Module):
+    """A frozen ViT: images [B, 3, H, W] in [-1, 1] -> patch tokens [B, N, D].
+
+    Its weights are buffers outside the state dict, not parameters: no `.train()`, `.requires_grad_()`, optimiser or
+    checkpoint of what contains it can reach them. (In train mode DINOv3 would jitter its coordinates at random.)
+    """
+
+    def __init__(self, vit, name, file):
+        super().__init__()
+        self.fingerprint = fingerprint(vit.state_dict())
+        self.vit, self.name, self.file, self.dim = vit, name, str(file), vit.dim
+        for module in vit.modules():
+            for key, value in list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False)):
+                delattr(module, key)
+                module.register_buffer(key, value.detach(), persistent=False)
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images, grid=None, cls=False):
+        """Patch tokens [B, h*w, D], with cls=True also the CLS token: ([B, D], [B, h*w, D]).
+
+        grid: (h, w) tokens; images are resized to it (bicubic, antialiased) where they do not fit. Default: as many
+        as the patches that fit exactly, else one per 16 pixels (256-pixel images become 224 for a patch of 14).
+        """
+        size, patch = images.shape[-2:], self.vit.patch
+        h, w = grid or [n // patch if n % patch == 0 else n // 16 for n in size]
+        if size != (h * patch, w * patch):
+            images = F.interpolate(images.float(), (h * patch, w * patch), mode="bicubic", antialias=True)
+        tokens = self.vit(imagenet_normalize(images)).float()
+        patches = tokens[:, self.vit.prefix:]
+        return (tokens[:, 0], patches) if cls else patches
+
+
+# Names in other layouts -> the official DINO names: Hugging Face (transformers 4 and 5) and torchvision.
+_RENAMES = [(re.compile(a), b) for a, b in [
+    (r"^(dinov\d_?\w*\.)?(model\.|encoder\.)?layer\.(\d+)\.", r"blocks.\3."),
+    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?|^conv_proj\.", "patch_embed.proj."),
+    (r"^embeddings\.(position_embeddings)$|^encoder\.pos_embedding$", "pos_embed"),
+    (r"^embeddings\.|^model\.(?=norm\.)", ""),
+    (r"^storage_tokens$", "register_tokens"),
+    (r"^class_token$", "cls_token"),
+    (r"^layernorm\.|^encoder\.ln\.", "norm."),
+    (r"\.ln_(\d)\.", r".norm\1."),
+    (r"\.attention\.(attention\.)?(query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(attention\.)?(key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(attention\.)?(value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(o_proj|output\.dense)\.|\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.gate_proj\.", ".mlp.w1."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+]]
+
+
+def to_official_names(weights):
+    """Any known ViT layout -> the official DINO one that ViT uses; split q, k, v are joined, unused tensors dropped."""
+    out = {}
+    for key, value in weights.items():
+        for pattern, replacement in _RENAMES:
+            key = pattern.sub(replacement, key)
+        if key not in ("mask_token", "rope_embed.periods"):  # for DINO's pretraining; constants of the architecture
+            out[key] = value
+    gated = any(".mlp.w1." in k for k in out)
+    up, down = ("w2", "w3") if gated else ("fc1", "fc2")
+    out = {k.replace(".mlp.up_proj.", f".mlp.{up}.").replace(".mlp.down_proj.", f".mlp.{down}."): v
+           for k, v in out.items()}
+    for key in [k for k in out if k.endswith(".attn.q.weight")]:
+        base = key[:-len("q.weight")]
+        if base + "k.weight" in out and base + "v.weight" in out:
+            out[base + "qkv.weight"] = torch.cat([out.pop(f"{base}{i}.weight") for i in "qkv"])
+            if base + "q.bias" in out and base + "v.bias" in out:  # DINOv3 has no key bias
+                out.setdefault(base + "k.bias", torch.zeros_like(out[base + "q.bias"]))
+                out[base + "qkv.bias"] = torch.cat([out.pop(f"{base}{i}.bias") for i in "qkv"])
+    for key in [k for k in out if k.endswith(".attn.qkv.bias_mask")]:  # DINOv3 multiplies the key third by 0
+        out.pop(key)
+        q, k, v = out[key[:-len("_mask")]].chunk(3)
+        out[key[:-len("_mask")]] = torch.cat([q, torch.zeros_like(k), v])
+    return out
+
+
+def load_encoder(path, name=None):
+    """Load a frozen encoder: encoder(images [B, 3, H, W] in [-1, 1]) -> patch tokens [B, N, D].
+
+    path: an official DINOv3 or DINOv2 `.pth`, the same weights as Hugging Face `.safetensors`, or a file that holds an
+    encoder of ours (demo.pt). The architecture is told from the shapes, or given as a `name` of ENCODERS; every tensor
+    must fit. Raises UserError that names the missing, unexpected or misshapen tensors.
+    """
+    weights = read_safetensors(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
+    return encoder_from_weights(weights, path, name)
+
+
+def encoder_from_weights(weights, path, name=None):
+    """load_encoder for weights in memory; `path` is what messages and checkpoints call them."""
+    if isinstance(weights.get("encoder"), dict):
+        weights = weights["encoder"]
+    if "vit" in weights:  # ours: the architecture stands beside the tensors
+        name, config, weights = weights["name"], weights["vit"], weights["model"]
+    else:
+        weights = to_official_names(weights)
+        if not name:
+            name = _detect(weights, path)
+        if name not in ENCODERS:
+            raise UserError(f"{name}: no such encoder; known: {', '.join(ENCODERS)}")
+        config = ENCODERS[name]
+    vit = ViT(**config)
+    strict_load(vit, weights, path, name)
+    return Encoder(vit, name, path)
+
+
+def _detect(weights, path):
+    try:
+        dim, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
+    except (KeyError, AttributeError):
+        raise UserError(f"{path}: not a vision transformer that is known here (no cls_token and patch_embed.proj among "
+                        f"its {len(weights)} entries: {', '.join(map(str, list(weights)[:3]))}, ...); "
+                        f"give one of {', '.join(ENCODERS)}") from None
+    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+    depth = 1 + max([int(k.split(".")[1]) for k in weights if k.startswith("blocks.")], default=0)
+    swiglu = "blocks.0.mlp.w1.weight" in weights
+    fits = [n for n, c in ENCODERS.items() if (c["dim"], c["patch"], c.get("registers", 0), c.get("swiglu", False))
+            == (dim, patch, registers, swiglu)]
+    if not fits:
+        raise UserError(f"{path}: a ViT of width {dim}, patch {patch}, {registers} registers, depth {depth}"
+                        f"{', SwiGLU' if swiglu else ''} is none of {', '.join(ENCODERS)}")
+    return fits[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens -> latent -> image: residual encoder, alignment, decoder
+# ---------------------------------------------------------------------------------------------------------------------
+
+def group_norm(channels):
+    """GroupNorm as in the VQGAN decoder."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """norm-SiLU-conv twice, with a 1x1 shortcut where the width changes."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over pixels."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = group_norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # [B, H*W, C]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).view_as(x)
+        return x + self.proj_out(h)
+
+
+class Decoder(nn.Module):
+    """The VQGAN/LDM decoder: [B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest resolution."""
+
+    def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=3):
+        super().__init__()
+        widths = [ch * m for m in ch_mult]
+        c = widths[-1]
+        self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
+        self.mid = nn.Module()
+        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = ResnetBlock(c, c), AttnBlock(c), ResnetBlock(c, c)
+        self.up = nn.ModuleList()  # level 0 is the full resolution; decoding runs from the last level down to it
+        for level in reversed(range(len(widths))):
+            up = nn.Module()
+            up.block = nn.ModuleList(ResnetBlock(c if i == 0 else widths[level], widths[level]) for i in range(blocks))
+            c = widths[level]
+            lowest = level == len(widths) - 1
+            up.attn = nn.ModuleList(AttnBlock(c) for _ in range(blocks if lowest else 0))
+            if level > 0:
+                up.upsample = nn.Module()
+                up.upsample.conv = nn.Conv2d(c, c, 3, padding=1)
+            self.up.insert(0, up)
+        self.norm_out, self.conv_out = group_norm(c), nn.Conv2d(c, 3, 3, padding=1)
+
+    def forward(self, z):
+        h = self.conv_in(z)
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        for level in reversed(range(len(self.up))):
+            up = self.up[level]
+            for i, block in enumerate(up.block):
+                h = block(h)
+                if len(up.attn):
+                    h = up.attn[i](h)
+            if level > 0:
+                h = up.upsample.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def channel_statistics(x, synchronise=False):
+    """Mean and std of x [B, N, C] per channel over batch and tokens, then averaged over channels: two scalars, detached.
+
+    synchronise: over the batches of all ranks (of equal size), as if they were one batch.
+    """
+    x = x.detach().float().flatten(0, 1)
+    n, mean, var = len(x), x.mean(0), x.var(0, correction=0)
+    if synchronise and world_size() > 1:
+        moments = torch.stack([mean, var + mean.square()]).double() / world_size()
+        dist.all_reduce(moments)
+        mean, var = moments[0].float(), (moments[1] - moments[0].square()).float()
+        n *= world_size()
+    return mean.mean(), (var * n / max(n - 1, 1)).sqrt().mean()
+
+
+class Autoencoder(nn.Module):
+    """Frozen encoder + residual encoder -> aligned latent; decoder -> image (paper, section 3.2).
+
+    encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). image_size: pixels; grid:
+    tokens per side, default image_size // 16; their ratio must be a power of two. Any other image size whose sides are
+    multiples of that ratio works too. residual: arguments of the residual ViT; decoder: arguments of Decoder.
+    """
+
+    def __init__(self, encoder, residual_channels=8, image_size=256, grid=None, mask_ratio=0.1, residual=None,
+                 decoder=None, feature_channels=None):
+        super().__init__()
+        grid = grid or image_size // 16
+        self.ratio = image_size // grid
+        if grid * self.ratio != image_size or self.ratio & (self.ratio - 1):
+            raise UserError(f"--image-size {image_size} over --grid {grid} is not a power of two; "
+                            f"256 goes with 16, 64 with 8")
+        self.encoder, self.image_size, self.grid, self.mask_ratio = encoder, image_size, grid, mask_ratio
+        self.feature_channels = encoder.dim if encoder else feature_channels
+        self.channels = self.feature_channels + residual_channels
+        residual = {"dim": 384, "depth": 6, "heads": 8, "dropout": 0.1, **(residual or {})}
+        levels = int(math.log2(self.ratio)) + 1
+        decoder = {"ch": 128, "ch_mult": ((1,) * levels + (1, 2, 2, 4))[-levels:], **(decoder or {})}
+        self.config = dict(residual_channels=residual_channels, image_size=image_size, grid=grid, residual=residual,
+                           mask_ratio=mask_ratio, decoder=decoder, feature_channels=self.feature_channels)
+        if residual_channels:
+            self.residual = ViT(patch=self.ratio, grid=grid, layer_scale=False, **residual)
+            self.residual_head = nn.Sequential(
+                nn.Linear(residual["dim"], residual["dim"]), nn.GELU(), nn.Linear(residual["dim"], residual_channels))
+            self.mask_token = nn.Parameter(torch.randn(residual_channels) * 0.02)
+        self.decoder = Decoder(self.channels, **decoder)
+        # Running alignment statistics: mean and std of the features, mean and std of the residual.
+        self.register_buffer("alignment", torch.tensor([0.0, 1.0, 0.0, 1.0]))
+        self.register_buffer("alignment_batches", torch.tensor(0))
+        self.register_buffer("latent_mean", torch.zeros(self.channels))
+        self.register_buffer("latent_std", torch.ones(self.channels))
+
+    def encode(self, images, align=None):
+        """images [B, 3, H, W] -> latents [B, N, C], the encoder's features first, then the aligned residual.
+
+        align: "batch" uses this batch's statistics (over all ranks) and so makes a latent depend on its neighbours, as
+        the authors' code does in training and inference alike; "running" uses those gathered in training. Default:
+        batch while training, running in eval, so that encode(batch)[i] == encode(batch[i:i+1]).
+        """
+        h, w = (n // self.ratio for n in images.shape[-2:])
+        features = self.encoder(images, grid=(h, w))
+        if not self.config["residual_channels"]:
+            return features
+        residual = self.residual_head(self.residual(imagenet_normalize(images))[:, 1:]).float()  # [B, N, 8]
+        align = align or ("batch" if self.training else "running")
+        if align == "batch":
+            statistics = torch.stack(channel_statistics(features, self.training)
+                                     + channel_statistics(residual, self.training))
+            if self.training:
+                self.alignment.lerp_(statistics, (1 / (self.alignment_batches + 1)).clamp(min=0.01))
+                self.alignment_batches += 1
+        elif self.alignment_batches == 0:
+            raise UserError("this autoencoder has no running alignment statistics (the authors' checkpoint keeps none): "
+                            "use align='batch' or Autoencoder.measure on some images first")
+        else:
+            statistics = self.alignment
+        if self.training:
+            # After the statistics, so that training and eval, which masks nothing, share one distribution.
+            masked = torch.rand(len(images), 1, 1, device=images.device) < self.mask_ratio
+            residual = torch.where(masked, self.mask_token, residual)
+        mean_f, std_f, mean_r, std_r = statistics
+        return torch.cat([features, (residual - mean_r) / (std_r + 1e-6) * std_f + mean_f], -1)
+
+    def decode(self, latents, grid=None):
+        """latents [B, h*w, C] -> images [B, 3, H, W], nominally in [-1, 1]; grid: (h, w), default square."""
+        h, w = grid or (math.isqrt(latents.shape[1]),) * 2
+        return self.decoder(latents.transpose(1, 2).reshape(len(latents), self.channels, h, w))
+
+    def forward(self, images):
+        """Reconstruction [B, 3, H, W] of images [B, 3, H, W]."""
+        return self.decode(self.encode(images), [n // self.ratio for n in images.shape[-2:]])
+
+    def normalize(self, latents):
+        """Latents -> zero mean, unit variance per channel: what the transformer sees."""
+        return (latents - self.latent_mean) / self.latent_std
+
+    def denormalize(self, latents):
+        """The transformer's latents -> what `decode` takes."""
+        return latents * self.latent_std + self.latent_mean
+
+    @torch.no_grad()
+    def measure(self, batches):
+        """Set the latent mean and std per channel, in float64, over an iterable of images [B, 3, H, W] (this rank's share).
+
+        Where the running alignment statistics are missing (the authors' checkpoint), they are gathered first.
+        """
+        training = self.training
+        batches = list(batches) if self.alignment_batches == 0 else batches
+        if self.alignment_batches == 0 and self.config["residual_channels"]:
+            statistics = []
+            for images in batches:
+                self.eval()
+                features = self.encoder(images, grid=[n // self.ratio for n in images.shape[-2:]])
+                residual = self.residual_head(self.residual(imagenet_normalize(images))[:, 1:])
+                statistics.append(torch.stack(channel_statistics(features, True) + channel_statistics(residual, True)))
+            self.alignment.copy_(torch.stack(statistics).mean(0))
+            self.alignment_batches += len(statistics)
+        self.eval()
+        total = torch.zeros(2, self.channels, dtype=torch.float64)
+        count = torch.zeros(1, dtype=torch.float64)
+        for images in batches:
+            latents = self.encode(images).flatten(0, 1).double().cpu()
+            total += torch.stack([latents.sum(0), latents.square().sum(0)])
+            count += len(latents)
+        sums = all_reduce(torch.cat([total.flatten(), count]), images.device)
+        mean, square = (sums[:-1] / sums[-1]).view(2, -1)
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_((square - mean.square()).clamp(min=1e-12).sqrt())
+        self.train(training)
+
+    def checkpoint(self):
+        """What a checkpoint holds of this model: never the frozen encoder, only its file name and hash."""
+        return {"kind": "autoencoder", "config": self.config, "model": self.state_dict(),
+                "fingerprint": fingerprint(self.state_dict()),
+                "encoder_file": {"file": self.encoder.file, "name": self.encoder.name,
+                                 "fingerprint": self.encoder.fingerprint}}
+
+
+def load_autoencoder(path, encoder=None, weights_dir=None):
+    """Load an autoencoder in eval mode: ours, demo.pt, or the authors' Lightning checkpoint.
+
+    encoder: a frozen Encoder to use; None finds the recorded file (the authors' checkpoint holds it itself); False
+    loads for decoding only, which needs no encoder file.
+    """
+    checkpoint = load_checkpoint(path)
+    if isinstance(checkpoint.get("state_dict"), dict):
+        return _load_authors_autoencoder(checkpoint["state_dict"], path, encoder)
+    part = checkpoint.get("autoencoder", checkpoint)
+    if not isinstance(part, dict) or part.get("kind") != "autoencoder":
+        raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, or the authors' with 'state_dict')")
+    recorded = part["encoder_file"]
+    if encoder is None:
+        if isinstance(checkpoint.get("encoder"), dict):
+            encoder = encoder_from_weights(checkpoint, path)
+        else:
+            file = Path(recorded["file"])
+            found = [p for p in (file, find_weights(file.name, weights_dir), Path(__file__).parent / file.name)
+                     if p.exists()]
+            if not found:
+                raise UserError(f"{path} needs its encoder {file.name}; put it into {find_weights('', weights_dir)} "
+                                f"or name its folder by --weights")
+            encoder = load_encoder(found[0])
+    if encoder and encoder.fingerprint != recorded["fingerprint"]:
+        raise UserError(f"{path} was trained on other encoder weights than {encoder.file}; it was {recorded['file']} "
+                        f"({recorded['name']}, fingerprint {recorded['fingerprint'][:12]})")
+    model = Autoencoder(encoder or None, **part["config"])
+    strict_load(model, part["model"], path, "autoencoder")
+    model.fingerprint = part["fingerprint"]
+    return model.eval()
+
+
+def _load_authors_autoencoder(weights, path, encoder):
+    """The published layout: `encoder.*`, `extra_vit.*` (torchvision), `mask_token`, `decoder.*`; losses are dropped."""
+    parts = {}
+    for key, value in weights.items():
+        head, _, rest = key.partition(".")
+        parts.setdefault(head, {})[rest] = value
+    for needed in ("encoder", "extra_vit", "decoder"):
+        if needed not in parts:
+            raise UserError(f"{path}: not the authors' SVG autoencoder: no '{needed}.*' among its {len(weights)} tensors")
+    if encoder is None:
+        encoder = encoder_from_weights(parts["encoder"], path)
+    residual = {k: v for k, v in parts["extra_vit"].items() if not k.startswith("heads.")}
+    out = {f"residual.{k}": v for k, v in to_official_names(residual).items()}
+    out |= {f"residual_head.{k[6:]}": v for k, v in parts["extra_vit"].items() if k.startswith("heads.")}
+    out |= {f"decoder.{k}": v for k, v in parts["decoder"].items()}
+    out["mask_token"] = parts["mask_token"][""].flatten() if "mask_token" in parts else torch.zeros(8)
+    model = Autoencoder(encoder or None, feature_channels=384)
+    ours = ("alignment", "alignment_batches", "latent_mean", "latent_std")
+    strict_load(model, {**{k: v for k, v in model.state_dict().items() if k in ours}, **out}, path,
+                "the authors' autoencoder")
+    model.fingerprint = fingerprint(model.decoder.state_dict())
+    return model.eval()
+
+
+def load_latent_stats(path):
+    """Per-channel mean and std ([C], [C]) from the authors' statistics file or an .npz with `mean` and `std`."""
+    if str(path).endswith(".npz"):
+        stats = {k: torch.from_numpy(v) for k, v in load_npz(path).items()}
+    else:
+        stats = load_checkpoint(path)
+    for mean, std in (("mean", "std"), ("dinov3_sp_mean", "dinov3_sp_std")):
+        if mean in stats and std in stats:
+            return stats[mean].flatten().float(), stats[std].flatten().float()
+    raise UserError(f"{path}: no 'mean' and 'std' (or the authors' 'dinov3_sp_mean', 'dinov3_sp_std') in it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise -> velocity: the diffusion transformer
+# ---------------------------------------------------------------------------------------------------------------------
+
+def sincos_positions(dim, grid):
+    """Fixed 2-D sine-cosine position embedding [grid*grid, dim]: first half the column, second half the row (MAE, DiT)."""
+    omega = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
+    row, column = np.mgrid[:grid, :grid].reshape(2, -1, 1) * omega
+    return torch.from_numpy(np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], 1)).float()
+
+
+def modulate(x, shift, scale):
+    """adaLN: x [B, N, D] scaled and shifted per image [B, D]."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+class TimestepEmbedder(nn.Module):
+    """t [B] in [0, 1], unscaled, -> 256 cosines and sines -> [B, dim]."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t):
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angles = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
+
+
+class LabelEmbedder(nn.Module):
+    """One row per class; the last, number num_classes, is "no class"."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class SiTBlock(nn.Module):
+    """Transformer block with adaLN-Zero conditioning and QK-Norm (without which a run diverged near 948K steps)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = Attention(dim, heads, qk_norm=True)
+        self.mlp = Mlp(dim, 4 * dim, approximate="tanh")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, -1)
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """adaLN and the linear head."""
+
+    def __init__(self, dim, channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(dim, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, -1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+SIT_SIZES = {
+    "B": dict(depth=12, dim=768, heads=12),
+    "L": dict(depth=24, dim=1024, heads=16),
+    "XL": dict(depth=28, dim=1152, heads=16),
+}
+
+
+class SiT(nn.Module):
+    """Velocity model: (x_t [B, N, C], t [B] in [0, 1], y [B] int, num_classes = no class) -> velocity [B, N, C].
+
+    model: "B", "L", "XL" or a dict of depth, dim, heads. grid: tokens per side. A fresh model answers exactly zero.
+    """
+
+    def __init__(self, model="XL", channels=392, num_classes=1000, grid=16):
+        super().__init__()
+        size = SIT_SIZES[model] if isinstance(model, str) else dict(model)
+        depth, dim, heads = size["depth"], size["dim"], size["heads"]
+        self.config = dict(model=size, channels=channels, num_classes=num_classes, grid=grid)
+        self.channels, self.num_classes, self.grid = channels, num_classes, grid
+        self.x_embedder = nn.Linear(channels, dim)
+        self.t_embedder, self.y_embedder = TimestepEmbedder(dim), LabelEmbedder(num_classes, dim)
+        self.register_buffer("pos_embed", sincos_positions(dim, grid)[None], persistent=False)
+        self.blocks = nn.ModuleList(SiTBlock(dim, heads) for _ in range(depth))
+        self.final_layer = FinalLayer(dim, channels)
+        self.initialize()
+
+    def initialize(self):
+        """DiT's initialisation: Xavier for linear layers, zero for every gate and for the head (adaLN-Zero)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight,
+                       self.y_embedder.embedding_table.weight):
+            nn.init.normal_(weight, std=0.02)
+        for layer in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1],
+                                                                     self.final_layer.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, t, y):
+        x = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            x = block(x, c)
+        return self.final_layer(x, c)
+
+
+def load_sit(path, ema=True):
+    """Load a transformer in eval mode: ours (EMA weights by default), demo.pt, or the authors' {"ema": ...}.
+
+    The doubled output head of the authors' file is cut to the half that counts. `model.meta` holds what the checkpoint
+    says besides: the autoencoder's fingerprint and path, latent statistics, class names, step (empty for the authors').
+    """
+    checkpoint = load_checkpoint(path)
+    checkpoint = checkpoint.get("sit", checkpoint)
+    if checkpoint.get("kind") == "sit":
+        config, weights = checkpoint["config"], checkpoint["ema" if ema else "model"]
+        meta = {k: v for k, v in checkpoint.items() if k in ("autoencoder", "latent_mean", "latent_std", "classes", "step")}
+    else:
+        weights = checkpoint.get("ema" if ema else "model", checkpoint)
+        weights = {k.replace("ln1.", "x_embedder.", 1): v for k, v in weights.items() if k != "pos_embed"}
+        try:
+            dim, channels = weights["x_embedder.weight"].shape
+            depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
+            heads = dim // weights["blocks.0.attn.q_norm.weight"].shape[0]
+            num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+            for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+                if weights[key].shape[0] == 2 * channels:
+                    weights[key] = weights[key][:channels]
+        except (KeyError, AttributeError, ValueError):
+            raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors' SVG-XL)") from None
+        config = dict(model=dict(depth=depth, dim=dim, heads=heads), channels=channels, num_classes=num_classes)
+        meta = {}
+    model = SiT(**config)
+    strict_load(model, weights, path, "SiT")
+    model.meta = meta
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flow: the loss and the sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+def shift_time(u, shift):
+    """t = shift*u / (1 + (shift-1)*u): shift < 1 spends more of [0, 1] near the noise (SD3's alpha is 1/shift)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def drop_labels(y, num_classes, rate):
+    """Replace labels y [B] by "no class" with probability `rate`, so that one model learns both velocities."""
+    return torch.where(torch.rand(y.shape, device=y.device) < rate, num_classes, y)
+
+
+def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
+    """Flow-matching loss of normalised latents [B, N, C] with labels y [B]: mean squared error per image [B].
+
+    x_t = (1-t) noise + t data, target = data - noise, t = shift_time(u), u uniform (paper eq. 1-3, its t reversed).
+    """
+    u = torch.rand(len(latents), device=latents.device) if u is None else u
+    noise = torch.randn_like(latents) if noise is None else noise
+    t = shift_time(u, shift)
+    x_t = (1 - t.view(-1, 1, 1)) * noise + t.view(-1, 1, 1) * latents
+    velocity = model(x_t, t, y).float()
+    return (velocity - (latents - noise)).square().mean((1, 2))
+
+
+@torch.no_grad()
+def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True, guidance_interval=(0.0, 1.0)):
+    """Integrate noise [B, N, C] (t = 0) to latents [B, N, C] (t = 1) for labels y [B] in `steps` Euler steps.
+
+    guidance s: v = v_u + s (v_c - v_u) on all channels where t lies in guidance_interval; both in one batch.
+    zero_init: where the first step is guided its velocity is replaced by 0; without guidance it is never skipped.
+    """
+    x, null = noise.float(), torch.full_like(y, model.num_classes)
+    times = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        guided = guidance != 1 and guidance_interval[0] <= t <= guidance_interval[1]
+        if guided and zero_init and i == 0:
+            continue
+        if guided:
+            t_batch = torch.full((2 * len(x),), t, device=x.device)
+            v_c, v_u = model(torch.cat([x, x]), t_batch, torch.cat([y, null])).float().chunk(2)
+            v = v_u + guidance * (v_c - v_u)
+        else:
+            v = model(x, torch.full((len(x),), t, device=x.device), y).float()
+        x = x + (t_next - t) * v
+    return x
+
+
+def sample_noise(seed, indices, shape):
+    """Noise [len(indices), *shape] where image i's part is a function of (seed, i) alone: no batch or GPU count in it."""
+    return torch.stack([torch.from_numpy(np.random.default_rng((seed, int(i))).standard_normal(shape, np.float32))
+                        for i in indices])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: weights and checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+def fingerprint(state_dict):
+    """SHA-256 over names, shapes and float32 values: the same weights in any file or precision that holds them exactly."""
+    digest = hashlib.sha256()
+    for key in sorted(state_dict):
+        value = state_dict[key].detach().cpu().float().contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def strict_load(module, weights, path, what):
+    """Load every tensor or raise UserError that names what is missing, unexpected or of the wrong shape."""
+    own = module.state_dict()
+    wrong = [f"{k} {list(weights[k].shape)} instead of {list(own[k].shape)}" for k in own
+             if k in weights and weights[k].shape != own[k].shape]
+    problems = []
+    for label, keys in (("missing", [k for k in own if k not in weights]),
+                        ("unexpected", [k for k in weights if k not in own]), ("wrong shape", wrong)):
+        if keys:
+            problems.append(f"{label} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
+    if problems:
+        raise UserError(f"{path}: not the weights of {what}: {'; '.join(problems)}")
+    module.load_state_dict(weights)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write atomically: temporary file in the same folder, fsync, rename. A failure leaves the old file and no new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        raise UserError(f"{path}: could not be written ({str(e).splitlines()[0]}); the previous one is intact") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """torch.load with weights_only and mmap, on the CPU; UserError for a missing, truncated or foreign file."""
+    if not os.path.exists(path):
+        raise UserError(missing_weights(path))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:  # a damaged file fails in any of torch's, zipfile's and pickle's ways
+        raise UserError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:80] or type(e).__name__}); "
+                        f"truncated or another kind of file? copy or download it again") from e
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
+    return checkpoint
+
+
+def read_safetensors(path):
+    """Tensors by name of a .safetensors file: 8 bytes of header length, a JSON header, the raw tensors."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    if not os.path.exists(path):
+        raise UserError(missing_weights(path))
+    try:
+        data = np.memmap(path, np.uint8, "c")  # copy-on-write: torch wants writable memory, the file stays as it is
+        (length,) = struct.unpack("<Q", data[:8].tobytes())
+        header = json.loads(data[8:8 + length].tobytes())
+        out = {}
+        for key, entry in header.items():
+            if key != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                tensor = torch.frombuffer(bytearray(data[start:end]), dtype=dtypes[entry["dtype"]])
+                out[key] = tensor.view(entry["shape"])
+        return out
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError, struct.error) as e:
+        raise UserError(f"{path}: not a readable .safetensors file ({type(e).__name__}: {str(e)[:60]}); truncated? "
+                        f"copy or download it again") from e
+
+
+def load_npz(path):
+    """Arrays of an .npz file as a dict; UserError if it is missing or damaged."""
+    try:
+        with np.load(path) as f:
+            return {k: f[k] for k in f.files}
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path}: not a readable .npz file ({str(e)[:80]})") from e
+
+
+DOWNLOADS = {  # openly published: file name (torch.hub's rule: the part after the dash is the head of its SHA-256) -> URL
+    "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+                                   "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+    "pt_inception-2015-12-05-6726825d.pth": (
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+        "6726825d"),
+}
+
+
+def find_weights(name, weights_dir=None):
+    """Path of a pretrained file in the weights folder: weights_dir, else $SVG_WEIGHTS, else weights/."""
+    return Path(weights_dir or os.environ.get("SVG_WEIGHTS") or "weights") / name
+
+
+def missing_weights(path):
+    """The line that tells where a missing file is to be had."""
+    name = os.path.basename(str(path))
+    if name.startswith("dinov3"):
+        return (f"{path} is missing: DINOv3 is given out at https://ai.meta.com/resources/models-and-libraries/"
+                f"dinov3-downloads/ after a licence form; put the file there under that name, or use the open DINOv2: "
+                f"--encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
+    if name in DOWNLOADS:
+        return f"{path} is missing; download it from {DOWNLOADS[name][0]}"
+    return f"{path}: no such file"
+
+
+def fetch_weights(name, weights_dir=None):
+    """Path of a pretrained file by its official name, downloaded with its hash checked if it is openly published.
+
+    A local file with another hash is only worth a warning: it may be a conversion of the same weights.
+    """
+    path = Path(name) if os.path.sep in str(name) else find_weights(name, weights_dir)
+    if path.exists() or path.name not in DOWNLOADS:
+        return path  # a loader will say it if it is missing
+    url, digest = DOWNLOADS[path.name]
+    if rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
+        except Exception as e:  # no network, a proxy's page, a full disk, a wrong hash: the remedy is the same
+            raise UserError(f"{missing_weights(path)} (tried just now: {str(e)[:100]}) and put it there, "
+                            f"or name its folder by --weights or $SVG_WEIGHTS") from e
+    barrier()
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: an ImageFolder tree, read in a reproducible endless order
+# ---------------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def open_rgb(path):
+    """Decode any mode that Pillow opens into an upright 8-bit RGB image; UserError names a file that does not decode."""
+    try:
+        with Image.open(path) as f:
+            image = ImageOps.exif_transpose(f)
+            if image.mode.startswith("I"):  # 16 bits; convert() would clip, not scale
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as e:  # Pillow's decoders raise nearly everything for damaged files
+        raise UserError(f"{path}: not a readable image ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__})") from e
+
+
+def adm_resize(image, size):
+    """Shrink as ADM does: halve with a box filter while the short side is >= 2*size, then bicubic to it."""
+    while min(image.size) >= 2 * size:
+        image = image.resize([n // 2 for n in image.size], Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC)
+
+
+def crop(image, size, rng=None):
+    """Shrink the ADM way and crop size x size pixels: the centre, or with a generator at random. uint8 [size, size, 3]."""
+    array = np.asarray(adm_resize(image, size))
+    free = np.array(array.shape[:2]) - size
+    y, x = free // 2 if rng is None else rng.integers(0, free + 1)
+    return array[y:y + size, x:x + size]
+
+
+def list_images(folder):
+    """Sorted image files below a folder."""
+    return sorted(os.path.join(where, f) for where, _, files in os.walk(folder) for f in files
+                  if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """A tree root/class/image: item (index, position) -> (uint8 [size, size, 3], label, index of a corrupt file or -1).
+
+    Class folders in sorted order are the labels. `position`, the item's place in the endless stream of the run, seeds
+    its random crop. A corrupt image is replaced by the next good one and its index returned, for the caller to report.
+    """
+
+    def __init__(self, root, size, random_crop=False, seed=0):
+        if not os.path.isdir(root):
+            raise UserError(f"--data {root}: no such folder")
+        self.size, self.random_crop, self.seed = size, random_crop, seed
+        self.classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
+        self.items = [(path, label) for label, name in enumerate(self.classes)
+                      for path in list_images(os.path.join(root, name))]
+        if not self.items:
+            flat = any(os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES for e in os.scandir(root))
+            raise UserError(f"--data {root}: " + ("images, but no class folders; sort them into one folder per class"
+                                                  if flat else "no images in class folders (root/class/image.jpg)"))
+
+    def __len__(self):
+        return len(self.items)
+
+    def name(self, index):
+        return self.items[index][0]
+
+    def __getitem__(self, item):
+        index, position = item
+        rng = np.random.default_rng((self.seed, position)) if self.random_crop else None
+        for i in range(index, index + len(self.items)):
+            path, label = self.items[i % len(self.items)]
+            try:
+                return crop(open_rgb(path), self.size, rng), label, -1 if i == index else index
+            except UserError:
+                continue
+        raise UserError("no readable image in the whole dataset")
+
+
+class Stream:
+    """Batches of (index, position) without end: each epoch is a fresh permutation of the dataset, one epoch after the
+    other with nothing dropped, a function of (seed, position) alone; this rank's share of each global batch."""
+
+    def __init__(self, length, batch, seed, start):
+        self.length, self.batch, self.seed, self.start = length, batch, seed, start
+
+    def __iter__(self):
+        epoch, order, local = -1, None, self.batch // world_size()
+        for step in range(self.start, sys.maxsize):
+            positions = step * self.batch + rank() * local + np.arange(local)
+            items = []
+            for p in positions.tolist():
+                if p // self.length != epoch:
+                    epoch = p // self.length
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                items.append((int(order[p % self.length]), p))
+            yield items
+
+
+def loader(dataset, batch, seed, start, workers, device):
+    """This rank's batches of the endless stream from global batch `start` on: uint8 [b, H, W, 3], labels, corrupt."""
+    if batch % world_size():
+        raise UserError(f"--batch {batch} does not divide by the {world_size()} processes")
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_sampler=Stream(len(dataset), batch, seed, start), num_workers=workers,
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0, prefetch_factor=4 if workers else None))
+
+
+def to_float(images, device):
+    """uint8 [B, H, W, 3] on the host -> float [B, 3, H, W] in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """float [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded, in NumPy."""
+    return (images.float() * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes, devices, command lines
+# ---------------------------------------------------------------------------------------------------------------------
+
+def rank():
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """The number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Wait for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(x, device="cpu"):
+    """Sum of a CPU tensor over all processes, on the CPU."""
+    if world_size() == 1:
+        return x
+    x = x.to(device)
+    dist.all_reduce(x)
+    return x.cpu()
+
+
+def setup():
+    """Join torchrun's process group, if there is one, and return this process's device: CUDA, MPS or CPU."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return torch.device("cuda", local) if cuda else torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device, precision):
+    """The context in which models run: bf16 autocast, or nothing for fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def seed_step(seed, step, rank=0):
+    """Make every random number of a step a function of (seed, step, rank), so that a resumed run repeats it exactly."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose help shows each default and whose errors are one line; --demo swaps in the demo's defaults."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=type(
+            "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+        self.demo = {}
+
+    def error(self, message):
+        raise UserError(f"{message} (see {os.path.basename(self.prog)} --help)")
+
+    def parse_args(self, args=None):
+        if "--demo" in (sys.argv[1:] if args is None else args):
+            self.set_defaults(**self.demo)
+        return super().parse_args(args)
+
+
+def positive(text):
+    """argparse type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def run_main(main):
+    """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs: runs/<name>/ with config.json, log.jsonl, last.pt, numbered checkpoints, previews, loss curve
+# ---------------------------------------------------------------------------------------------------------------------
+
+FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "name", "weights", "data", "ae"}
+
+
+class Run:
+    """One training run's folder. Only rank 0 writes; every rank reads the same `last.pt` when it resumes."""
+
+    def __init__(self, stage, args, extra):
+        self.path = Path("runs") / (args.name or (f"demo-{stage}" if args.demo else stage))
+        self.stage, self.args, self.bad = stage, args, set()
+        config = {"stage": stage, **vars(args), **extra}
+        old = self.path / "config.json"
+        self.last = self.path / "last.pt"
+        if old.exists() and self.last.exists():
+            before = json.loads(old.read_text())
+            differ = [f"{'--' if k in vars(args) else ''}{k.replace('_', '-')} {config.get(k)} (was {before.get(k)})"
+                      for k in sorted(config.keys() | before.keys())
+                      if k not in FREE_FLAGS and config.get(k) != before.get(k)]
+            if differ:
+                raise UserError(f"{self.path} holds a different run: {'; '.join(differ)}; give the same flags to go on "
+                                f"with it, or another --name")
+        elif self.path.exists() and any(self.path.iterdir()) and not old.exists():
+            raise UserError(f"{self.path} is not empty and holds no run; give another --name")
+        barrier()
+        if rank() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            old.write_text(json.dumps(config, indent=1, default=str))
+
+    def resume(self):
+        """The last checkpoint, or None; log entries after it are dropped, so that the log has each step once."""
+        if not self.last.exists():
+            return None
+        checkpoint = load_checkpoint(self.last)
+        log = self.path / "log.jsonl"
+        if rank() == 0 and log.exists():
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= checkpoint["step"]]
+            log.write_text("".join(line + "\n" for line in kept))
+        barrier()
+        self.say(f"going on with {self.path} at step {checkpoint['step']}")
+        return checkpoint
+
+    def say(self, text):
+        if rank() == 0:
+            print(text, flush=True)
+
+    def report_corrupt(self, dataset, indices):
+        """One warning per corrupt file, on the rank that met it."""
+        for i in set(indices.tolist()) - self.bad - {-1}:
+            self.bad.add(i)
+            print(f"warning: {dataset.name(i)}: not a readable image, skipped ({len(self.bad)} so far)", file=sys.stderr)
+
+    def log(self, step, start, values, images_per_second):
+        """One progress line, one line of log.jsonl."""
+        left = (self.args.steps - step) * self.args.batch / images_per_second
+        if rank() == 0:
+            text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+            print(f"step {step}/{self.args.steps}  {text}  {images_per_second:.1f} images/s  "
+                  f"{time.strftime('%H:%M:%S', time.gmtime(left))} left", flush=True)
+            entry = {"step": step, **values, "images_per_second": round(images_per_second, 2),
+                     "seconds": round(time.time() - start, 1), "corrupt": len(self.bad)}
+            with open(self.path / "log.jsonl", "a") as f:
+                f.write(json.dumps(entry) + "\n")
+
+    def save(self, checkpoint, numbered):
+        """Write last.pt, and a numbered copy (a hard link), from rank 0."""
+        if rank() == 0:
+            save_checkpoint(self.last, checkpoint)
+            copy = self.path / f"{checkpoint['step']:07d}.pt"
+            if numbered and not copy.exists():
+                os.link(self.last, copy)
+            plot_log(self.path / "log.jsonl", self.path / "loss.png", f"{self.path}: loss by step")
+        barrier()
+
+
+def latest_run(stage, demo=None):
+    """The newest `last.pt` of a stage below runs/, or None; demo: only demo runs (True) or only others (False)."""
+    found = []
+    for config in Path("runs").glob("*/config.json"):
+        settings, last = json.loads(config.read_text()), config.parent / "last.pt"
+        if settings["stage"] == stage and demo in (None, settings["demo"]) and last.exists():
+            found.append(last)
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+def grid_image(images, columns, labels=None, title="", tile=None):
+    """A PNG-ready grid of uint8 images [n, H, W, 3], enlarged to `tile` pixels, with a label above each and a title."""
+    tile = tile or max(96, images.shape[1])
+    rows, gap, text, head = -(-len(images) // columns), 4, 16 if labels else 0, 24 if title else 0
+    font = ImageFont.load_default(12)
+    sheet = Image.new("RGB", (columns * (tile + gap) + gap, head + rows * (tile + gap + text) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 4), title, fill="black", font=ImageFont.load_default(14))
+    for i, array in enumerate(images):
+        x, y = gap + i % columns * (tile + gap), head + gap + i // columns * (tile + gap + text)
+        if labels:
+            draw.text((x, y), str(labels[i])[:tile // 6], fill="black", font=font)
+        sheet.paste(Image.fromarray(array).resize((tile, tile), Image.Resampling.NEAREST), (x, y + text))
+    return sheet
+
+
+def plot_log(log, path, title, size=(720, 400)):
+    """Draw every *loss of log.jsonl against the step, each on its own scale, with axis values: a PNG at `path`."""
+    rows = [json.loads(line) for line in open(log)] if os.path.exists(log) else []
+    names = [k for k in (rows[-1] if rows else {}) if k.endswith("loss")]
+    if len(rows) < 2:
+        return
+    width, height = size
+    left, right, top, bottom = 60, 16, 44, 36
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw.text((left, 6), title, fill="black", font=ImageFont.load_default(14))
+    values = [r[n] for n in names for r in rows if math.isfinite(r.get(n, math.nan))]
+    low, high = min(values), max(values)
+    steps = [r["step"] for r in rows]
+
+    def place(step, value):
+        return (left + (step - steps[0]) / max(steps[-1] - steps[0], 1) * (width - left - right),
+                top + (high - value) / max(high - low, 1e-12) * (height - top - bottom))
+
+    for i in range(5):
+        value, step = low + (high - low) * i / 4, steps[0] + (steps[-1] - steps[0]) * i / 4
+        y, x = place(step, value)[1], place(step, value)[0]
+        draw.line([(left, y), (width - right, y)], fill="#dddddd")
+        draw.text((4, y - 7), f"{value:.3g}", fill="black", font=font)
+        draw.text((x - 12, height - bottom + 6), f"{step:.0f}", fill="black", font=font)
+    for n, colour in zip(names, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")):
+        points = [place(r["step"], r[n]) for r in rows if math.isfinite(r.get(n, math.nan))]
+        draw.line(points, fill=colour, width=2)
+        draw.text((left + 140 * names.index(n), 24), n, fill=colour, font=font)
+    draw.text((width - 40, height - 18), "step", fill="black", font=font)
+    sheet.save(path)
