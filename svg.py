@@ -8,6 +8,7 @@ are the four programs that use this file.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
 
 
 class UserError(Exception):
@@ -158,7 +159,7 @@ class ViT(nn.Module):
             return self.pos_embed
         patches = self.pos_embed[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)
         # DINOv2's offset makes the scale factor, not the size, the argument, and so moves the sampling positions.
-        where = dict(scale_factor=((h + self.offset) / n, (w + self.offset) / n)) if self.offset else dict(size=(h, w))
+        where = {"scale_factor": ((h + self.offset) / n, (w + self.offset) / n)} if self.offset else {"size": (h, w)}
         patches = F.interpolate(patches, mode="bicubic", antialias=self.antialias, **where)
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], 1)
 
@@ -179,10 +180,10 @@ class ViT(nn.Module):
         return self.norm(x)
 
 
-_DINOV3 = dict(patch=16, registers=4, eps=1e-5)
-_DINOV2 = dict(patch=14, grid=37, offset=0.1)
-_DINOV2_REG = dict(patch=14, grid=37, registers=4, antialias=True)
-_S, _B, _L = dict(dim=384, depth=12, heads=6), dict(dim=768, depth=12, heads=12), dict(dim=1024, depth=24, heads=16)
+_DINOV3 = {"patch": 16, "registers": 4, "eps": 1e-5}
+_DINOV2 = {"patch": 14, "grid": 37, "offset": 0.1}
+_DINOV2_REG = {"patch": 14, "grid": 37, "registers": 4, "antialias": True}
+_S, _B, _L = {"dim": 384, "depth": 12, "heads": 6}, {"dim": 768, "depth": 12, "heads": 12}, {"dim": 1024, "depth": 24, "heads": 16}
 ENCODERS = {  # name: arguments of ViT
     "dinov3_vits16": dict(_DINOV3, **_S),
     "dinov3_vits16plus": dict(_DINOV3, **_S, swiglu=True),
@@ -449,8 +450,8 @@ class Autoencoder(nn.Module):
         residual = {"dim": 384, "depth": 6, "heads": 8, "dropout": 0.1, **(residual or {})}
         levels = int(math.log2(self.ratio)) + 1
         decoder = {"ch": 128, "ch_mult": ((1,) * levels + (1, 2, 2, 4))[-levels:], **(decoder or {})}
-        self.config = dict(residual_channels=residual_channels, image_size=image_size, grid=grid, residual=residual,
-                           mask_ratio=mask_ratio, decoder=decoder, feature_channels=self.feature_channels)
+        self.config = {"residual_channels": residual_channels, "image_size": image_size, "grid": grid, "residual": residual,
+                           "mask_ratio": mask_ratio, "decoder": decoder, "feature_channels": self.feature_channels}
         if residual_channels:
             self.residual = ViT(patch=self.ratio, grid=grid, layer_scale=False, **residual)
             self.residual_head = nn.Sequential(
@@ -462,6 +463,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("alignment_batches", torch.tensor(0))
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
+        self.fingerprint = None  # of the checkpoint it came from
 
     def encode(self, images, align=None):
         """images [B, 3, H, W] -> latents [B, N, C], the encoder's features first, then the aligned residual.
@@ -511,34 +513,46 @@ class Autoencoder(nn.Module):
         """The transformer's latents -> what `decode` takes."""
         return latents * self.latent_std + self.latent_mean
 
-    @torch.no_grad()
-    def measure(self, batches):
-        """Set the latent mean and std per channel, in float64, over an iterable of images [B, 3, H, W] (this rank's share).
+    @property
+    def measured(self):
+        """Whether the latent statistics are known (the authors' checkpoint has none)."""
+        return bool((self.latent_mean != 0).any())
 
-        Where the running alignment statistics are missing (the authors' checkpoint), they are gathered first.
-        """
-        training = self.training
-        batches = list(batches) if self.alignment_batches == 0 else batches
-        if self.alignment_batches == 0 and self.config["residual_channels"]:
-            statistics = []
-            for images in batches:
-                self.eval()
-                features = self.encoder(images, grid=[n // self.ratio for n in images.shape[-2:]])
-                residual = self.residual_head(self.residual(imagenet_normalize(images))[:, 1:])
-                statistics.append(torch.stack(channel_statistics(features, True) + channel_statistics(residual, True)))
-            self.alignment.copy_(torch.stack(statistics).mean(0))
-            self.alignment_batches += len(statistics)
-        self.eval()
-        total = torch.zeros(2, self.channels, dtype=torch.float64)
-        count = torch.zeros(1, dtype=torch.float64)
-        for images in batches:
-            latents = self.encode(images).flatten(0, 1).double().cpu()
-            total += torch.stack([latents.sum(0), latents.square().sum(0)])
-            count += len(latents)
-        sums = all_reduce(torch.cat([total.flatten(), count]), images.device)
-        mean, square = (sums[:-1] / sums[-1]).view(2, -1)
+    def set_latent_stats(self, mean, std):
+        """Replace the latents' per-channel mean and std [C], for instance by the authors' published ones."""
+        if mean.shape != self.latent_mean.shape:
+            raise UserError(f"latent statistics of {len(mean)} channels do not fit an autoencoder of {self.channels}")
         self.latent_mean.copy_(mean)
-        self.latent_std.copy_((square - mean.square()).clamp(min=1e-12).sqrt())
+        self.latent_std.copy_(std)
+
+    @torch.no_grad()
+    def measure(self, dataset, count, batch, workers=0):
+        """Set the latents' mean and std, in float64, over `count` images spread over the dataset and shared by the ranks.
+
+        Where running alignment statistics are missing (the authors' checkpoint), they are gathered first.
+        """
+        training, device = self.training, self.latent_mean.device
+        self.eval()
+        indices = np.linspace(0, len(dataset), min(count, len(dataset)), endpoint=False).astype(int)[rank()::world_size()]
+        chunks = [[(i, 0) for i in indices[j:j + batch].tolist()] for j in range(0, len(indices), batch)]
+        images = torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)
+        if self.alignment_batches == 0 and self.config["residual_channels"]:
+            total = torch.zeros(5, dtype=torch.float64)
+            for x, _, _ in images:
+                x = to_float(x, device)
+                features = self.encoder(x, grid=(self.grid, self.grid))
+                residual = self.residual_head(self.residual(imagenet_normalize(x))[:, 1:])
+                total += torch.tensor([*channel_statistics(features), *channel_statistics(residual), 1.0])
+            total = all_reduce(total, device)
+            self.alignment.copy_(total[:4] / total[4])
+            self.alignment_batches.fill_(int(total[4]))
+        sums = torch.zeros(2 * self.channels + 1, dtype=torch.float64)
+        for x, _, _ in images:
+            latents = self.encode(to_float(x, device)).flatten(0, 1).double().cpu()
+            sums += torch.cat([latents.sum(0), latents.square().sum(0), torch.tensor([len(latents)])])
+        sums = all_reduce(sums, device)
+        mean, square = (sums[:-1] / sums[-1]).view(2, -1)
+        self.set_latent_stats(mean, (square - mean.square()).clamp(min=1e-12).sqrt())
         self.train(training)
 
     def checkpoint(self):
@@ -690,9 +704,9 @@ class FinalLayer(nn.Module):
 
 
 SIT_SIZES = {
-    "B": dict(depth=12, dim=768, heads=12),
-    "L": dict(depth=24, dim=1024, heads=16),
-    "XL": dict(depth=28, dim=1152, heads=16),
+    "B": {"depth": 12, "dim": 768, "heads": 12},
+    "L": {"depth": 24, "dim": 1024, "heads": 16},
+    "XL": {"depth": 28, "dim": 1152, "heads": 16},
 }
 
 
@@ -706,7 +720,7 @@ class SiT(nn.Module):
         super().__init__()
         size = SIT_SIZES[model] if isinstance(model, str) else dict(model)
         depth, dim, heads = size["depth"], size["dim"], size["heads"]
-        self.config = dict(model=size, channels=channels, num_classes=num_classes, grid=grid)
+        self.config = {"model": size, "channels": channels, "num_classes": num_classes, "grid": grid}
         self.channels, self.num_classes, self.grid = channels, num_classes, grid
         self.x_embedder = nn.Linear(channels, dim)
         self.t_embedder, self.y_embedder = TimestepEmbedder(dim), LabelEmbedder(num_classes, dim)
@@ -761,7 +775,7 @@ def load_sit(path, ema=True):
                     weights[key] = weights[key][:channels]
         except (KeyError, AttributeError, ValueError):
             raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors' SVG-XL)") from None
-        config = dict(model=dict(depth=depth, dim=dim, heads=heads), channels=channels, num_classes=num_classes)
+        config = {"model": {"depth": depth, "dim": dim, "heads": heads}, "channels": channels, "num_classes": num_classes}
         meta = {}
     model = SiT(**config)
     strict_load(model, weights, path, "SiT")
@@ -778,9 +792,9 @@ def shift_time(u, shift):
     return shift * u / (1 + (shift - 1) * u)
 
 
-def drop_labels(y, num_classes, rate):
-    """Replace labels y [B] by "no class" with probability `rate`, so that one model learns both velocities."""
-    return torch.where(torch.rand(y.shape, device=y.device) < rate, num_classes, y)
+def drop_labels(y, num_classes, rate, uniform):
+    """Replace labels y [B] by "no class" where uniform [B] < rate, so that one model learns both velocities."""
+    return torch.where(uniform < rate, num_classes, y)
 
 
 def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
@@ -805,7 +819,7 @@ def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=Tru
     """
     x, null = noise.float(), torch.full_like(y, model.num_classes)
     times = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         guided = guidance != 1 and guidance_interval[0] <= t <= guidance_interval[1]
         if guided and zero_init and i == 0:
             continue
@@ -1146,6 +1160,35 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args)
 
 
+def add_training_flags(parser, batch, lr, steps):
+    """The flags that both stages share."""
+    add = parser.add_argument
+    add("--demo", action="store_true", help="built-in data, tiny sizes, no download")
+    add("--data", default="data/imagenet/train", help="folder of class folders of images")
+    add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
+    add("--name", help="folder of the run below runs/ (default: the stage)")
+    add("--batch", type=positive, default=batch, help="images per step, over all processes")
+    add("--lr", type=above_zero, default=lr, help="learning rate, constant")
+    add("--steps", type=positive, default=steps, help="training steps in all")
+    add("--seed", type=int, default=0, help="of weights, order, crops and noise")
+    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
+        help="of the models' arithmetic; weights, losses and statistics are fp32")
+    add("--workers", type=int, default=8, help="data loading processes per training process")
+    add("--log-every", type=positive, default=100, help="steps between progress lines")
+    add("--save-every", type=positive, default=5000, help="steps between checkpoints")
+    add("--preview-every", type=positive, default=5000, help="steps between preview grids")
+
+
+def above_zero(text):
+    """argparse type: a number above 0."""
+    try:
+        if float(text) > 0:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+
+
 def positive(text):
     """argparse type: an integer of at least 1."""
     if not text.isdigit() or int(text) < 1:
@@ -1233,13 +1276,18 @@ class Run:
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(entry) + "\n")
 
-    def save(self, checkpoint, numbered):
-        """Write last.pt, and a numbered copy (a hard link), from rank 0."""
+    def picture(self, step, image):
+        """Write a preview grid."""
+        if rank() == 0:
+            image.save(self.path / f"preview-{step:07d}.png")
+
+    def save(self, checkpoint):
+        """Write last.pt, a numbered hard link to it and the loss curve, from rank 0."""
         if rank() == 0:
             save_checkpoint(self.last, checkpoint)
-            copy = self.path / f"{checkpoint['step']:07d}.pt"
-            if numbered and not copy.exists():
-                os.link(self.last, copy)
+            numbered = self.path / f"{checkpoint['step']:07d}.pt"
+            numbered.unlink(missing_ok=True)
+            os.link(self.last, numbered)
             plot_log(self.path / "log.jsonl", self.path / "loss.png", f"{self.path}: loss by step")
         barrier()
 

@@ -1,0 +1,412 @@
+"""Every number about pictures: FID of a folder of images against a reference, in ADM's or pytorch-fid's convention.
+
+    python fid.py samples/                                        against ADM's ImageNet 256x256 statistics
+    python fid.py samples/ --ref imagenet/val --size 256          against a tree of images, centre-cropped
+    python fid.py samples.npz --ref other.npz --resize pytorch    arr_0 (uint8 images) or mu and sigma
+    python fid.py imagenet/val --size 256 --save-stats val.npz    statistics once, for --ref val.npz later
+    python fid.py samples/ --demo                                 in the demo's encoder, with no download
+
+FID is comparable only within one protocol: the same resize, Inception weights, reference and number of images (50,000
+as a rule). The figures in the paper's tables and in ADM's go with the default, `--resize tf1`.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from svg import (Parser, UserError, crop, fetch_weights, find_weights, list_images, load_checkpoint, load_encoder,
+                 load_npz, open_rgb, positive, run_main, setup, strict_load, to_float)
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
+ADM_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/{ADM_REFERENCE}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images: a folder or an .npz -> uint8 [H, W, 3]
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Images(torch.utils.data.Dataset):
+    """Images of one size from `source`, a list of paths or an array uint8 [N, H, W, 3].
+
+    Item -> uint8 [H, W, 3], cropped the ADM way to `size` pixels if that is given; or the text of what is wrong with
+    it, because an exception that leaves a DataLoader's worker arrives with a stack trace for its message.
+    """
+
+    def __init__(self, name, source, size=None):
+        self.name, self.source, self.size = name, source, size
+        self.shape = self.load(0).shape
+
+    def __len__(self):
+        return len(self.source)
+
+    def load(self, i):
+        item = self.source[i]
+        image = open_rgb(item) if isinstance(item, str) else Image.fromarray(item)
+        return crop(image, self.size) if self.size else np.asarray(image)
+
+    def __getitem__(self, i):
+        try:
+            image = self.load(i)
+        except UserError as e:
+            return str(e)
+        if image.shape != self.shape:
+            (h, w, _), (h0, w0, _) = image.shape, self.shape
+            return (f"{self.source[i]} has {w}x{h} pixels, {self.source[0]} {w0}x{h0}: images must all have one size; "
+                    f"--size N crops each to NxN")
+        return image
+
+
+def collate(items):
+    """Images -> uint8 [B, H, W, 3], or the first error among them."""
+    return next((i for i in items if isinstance(i, str)), None) or torch.from_numpy(np.stack(items))
+
+
+def open_source(path, size=None, num=None):
+    """The images of a folder (of any depth, sorted) or of an .npz (arr_0), or the statistics of an .npz.
+
+    num: only the first so many images. Returns Images, or the dict of mu, sigma (and, if written here, num and
+    protocol) where an .npz has both, as ADM's references do. UserError for anything else.
+    """
+    if os.path.isdir(path):
+        source = list_images(path)
+    elif not os.path.exists(path):
+        where = f"; download {ADM_URL} to it, or name another reference by --ref"
+        raise UserError(f"{path}: no such folder or .npz file{where if Path(path).name == ADM_REFERENCE else ''}")
+    elif not str(path).endswith(".npz"):
+        raise UserError(f"{path}: neither a folder of images nor an .npz file")
+    else:
+        arrays = load_npz(path)
+        if "mu" in arrays and "sigma" in arrays:
+            mu, sigma = arrays["mu"], arrays["sigma"]
+            if sigma.shape != mu.shape * 2 or mu.ndim != 1 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+                raise UserError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean [D], covariance [D, D]")
+            if num:
+                raise UserError(f"{path}: holds statistics, so --num {num} cannot choose among its images")
+            return {"name": str(path), **{k: arrays.get(k) for k in ("mu", "sigma", "num", "protocol")}}
+        source = arrays.get("arr_0")
+        if source is None:
+            raise UserError(f"{path}: holds neither mu and sigma nor images as arr_0, but {', '.join(arrays) or 'nothing'}")
+        if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3:
+            raise UserError(f"{path}: arr_0 is {source.dtype} {list(source.shape)}, not uint8 [N, H, W, 3]")
+    if num and len(source) < num:
+        raise UserError(f"{path}: {len(source)} images, fewer than --num {num}")
+    source = source[:num]
+    if len(source) < 2:
+        raise UserError(f"{path}: {len(source)} images found; a covariance takes at least 2")
+    return Images(str(path), source, size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images -> features: the Inception network of the FID, a TensorFlow graph of 2015-12-05
+# ---------------------------------------------------------------------------------------------------------------------
+
+class ConvBN(nn.Module):
+    """Convolution, batch normalisation, ReLU; padded to keep the size, or not at all (same=False)."""
+
+    def __init__(self, cin, cout, kernel, stride=1, same=True):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        self.conv = nn.Conv2d(cin, cout, kernel, stride, [k // 2 for k in kernel] if same else 0, bias=False)
+        self.bn = nn.BatchNorm2d(cout, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class Mixed(nn.Module):
+    """Branches side by side, their outputs concatenated; each is a chain of convolutions [(width, kernel), ...].
+
+    A tuple of kernels stands for convolutions side by side (a, b). A block with a `_pool` branch keeps the grid; one
+    without ends every branch with stride 2 and adds the max-pooled input.
+    """
+
+    def __init__(self, cin, branches, pool="avg"):
+        super().__init__()
+        self.pool, self.reduce, self.chains = pool, "_pool" not in branches, []
+        for branch, chain in branches.items():
+            names, width = [], cin
+            for i, (cout, kernels) in enumerate(chain, 1):
+                last = self.reduce and i == len(chain)
+                kernels = kernels if isinstance(kernels, list) else [kernels]
+                name = f"branch{branch}" + (f"_{i}" if len(chain) > 1 else "")
+                names.append([name + side for side in ("ab" if len(kernels) > 1 else [""])])
+                for part, kernel in zip(names[-1], kernels):
+                    self.add_module(part, ConvBN(width, cout, kernel, 2 if last else 1, same=not last))
+                width = cout * len(kernels)
+            self.chains.append(names)
+
+    def forward(self, x):
+        out = []
+        for chain in self.chains:
+            h = x
+            if chain == [["branch_pool"]]:
+                h = (F.max_pool2d(x, 3, 1, 1) if self.pool == "max"
+                     else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+            for names in chain:
+                h = torch.cat([getattr(self, name)(h) for name in names], 1)
+            out.append(h)
+        return torch.cat(out + ([F.max_pool2d(x, 3, 2)] if self.reduce else []), 1)
+
+
+def _blocks():
+    """Mixed blocks in order: name, input width, branches, pooling."""
+    def grid35(pool):
+        return {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": [(64, 1), (96, 3), (96, 3)], "_pool": [(pool, 1)]}
+
+    def grid17(c):
+        row, column = (1, 7), (7, 1)
+        return {"1x1": [(192, 1)], "7x7": [(c, 1), (c, row), (192, column)],
+                "7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)], "_pool": [(192, 1)]}
+
+    cross = [(1, 3), (3, 1)]
+    grid8 = {"1x1": [(320, 1)], "3x3": [(384, 1), (384, cross)],
+             "3x3dbl": [(448, 1), (384, 3), (384, cross)], "_pool": [(192, 1)]}
+    to17 = {"3x3": [(384, 3)], "3x3dbl": [(64, 1), (96, 3), (96, 3)]}
+    to8 = {"3x3": [(192, 1), (320, 3)], "7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]}
+    return [("5b", 192, grid35(32)), ("5c", 256, grid35(64)), ("5d", 288, grid35(64)), ("6a", 288, to17),
+            ("6b", 768, grid17(128)), ("6c", 768, grid17(160)), ("6d", 768, grid17(160)), ("6e", 768, grid17(192)),
+            ("7a", 768, to8), ("7b", 1280, grid8), ("7c", 2048, grid8, "max")]
+
+
+class Inception(nn.Module):
+    """Inception v3 as FID uses it; parameter names are those of pytorch-fid's file.
+
+    It differs from the later, better known Inception: average pools do not count the padding, the last block pools by
+    maximum, and there are 1008 classes. fc=False: without the classifier.
+    """
+
+    def __init__(self, fc=True):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2, same=False)
+        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, same=False)
+        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
+        self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, same=False)
+        for name, *config in _blocks():
+            self.add_module(f"Mixed_{name}", Mixed(*config))
+        self.fc = nn.Linear(2048, 1008) if fc else None
+
+    def forward(self, x):
+        """Normalised images [B, 3, 299, 299] -> pool3 [B, 2048]."""
+        for name, layer in self.named_children():
+            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
+                x = F.max_pool2d(x, 3, 2)
+            if name != "fc":
+                x = layer(x)
+        return x.mean((2, 3))
+
+
+def load_inception(path):
+    """The FID Inception from `pt_inception-2015-12-05-6726825d.pth`, in eval mode on the CPU.
+
+    The classifier (fc.weight, fc.bias) may be absent; then there are features, but no logits. UserError for a missing
+    file or any other tensor that does not fit.
+    """
+    weights = load_checkpoint(path)
+    model = Inception(fc="fc.weight" in weights or "fc.bias" in weights)
+    strict_load(model, weights, path, "the FID Inception")
+    return model.eval().requires_grad_(False)
+
+
+def tf1_resize_matrix(n, size=299):
+    """[size, n]: linear interpolation as TensorFlow 1 did it, source position = target position * n / size.
+
+    No half-pixel offset and no antialiasing: the picture shifts by a fraction of a pixel, and the published reference
+    statistics have that shift in them.
+    """
+    position = np.arange(size, dtype=np.float32) * np.float32(n / size)
+    low = position.astype(np.int64)
+    matrix = np.zeros((size, n), np.float32)
+    np.add.at(matrix, (np.arange(size), low), 1 - (position - low))
+    np.add.at(matrix, (np.arange(size), np.minimum(low + 1, n - 1)), position - low)
+    return matrix
+
+
+@torch.inference_mode()
+def inception_features(model, images, resize="tf1"):
+    """uint8 images [B, H, W, 3] -> {"pool3": [B, 2048], "logits_unbiased": [B, 1008], "logits": [B, 1008]}, float32.
+
+    resize: "tf1", as ADM's evaluator (TensorFlow 1, input (x - 128) / 128), or "pytorch", as pytorch-fid (half-pixel
+    bilinear, input 2x/255 - 1). The Inception Score uses the logits without bias; both are None without `fc`.
+    """
+    device = next(model.parameters()).device
+    x = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float()  # [B, 3, H, W]
+    if resize == "tf1":
+        rows, columns = (torch.from_numpy(tf1_resize_matrix(n)).to(device) for n in x.shape[-2:])
+        x = (rows @ x @ columns.T - 128) / 128
+    elif resize == "pytorch":
+        x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 255 - 1
+    else:
+        raise UserError(f"resize '{resize}' is neither tf1 nor pytorch")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        pool3 = model(x)
+    unbiased = pool3 @ model.fc.weight.T if model.fc else None
+    return {"pool3": pool3, "logits_unbiased": unbiased, "logits": unbiased + model.fc.bias if model.fc else None}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Features -> moments -> distance
+# ---------------------------------------------------------------------------------------------------------------------
+
+def moments(features):
+    """Features [B, D] -> (count, mean [D], scatter [D, D]) in float64; scatter / (count - 1) is the covariance."""
+    features = features.cpu().double() if features.device.type == "mps" else features.double()
+    mean = features.mean(0)
+    return len(features), mean, (features - mean).T @ (features - mean)
+
+
+def merge_moments(a, b):
+    """Moments of the union of two sets, without cancellation, so that batches do not matter (Chan et al. 1979)."""
+    n, delta = a[0] + b[0], b[1] - a[1]
+    return n, a[1] + delta * (b[0] / n), a[2] + b[2] + torch.outer(delta, delta) * (a[0] * b[0] / n)
+
+
+def frechet_distance(mu1, sigma1, mu2, sigma2):
+    """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)) in float64 (Heusel et al. 2017, eq. 6).
+
+    Means [D], covariances [D, D], of any rank. UserError if the dimensions differ or anything is not finite.
+    """
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != mu1.shape * 2:
+        raise UserError(f"features of {mu1.size} dimensions against {mu2.size} (covariances {sigma1.shape} and "
+                        f"{sigma2.shape}): not from the same network")
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise UserError("the statistics are not finite")
+
+    def root(sigma):  # R with sigma = R R^T; eigenvalues that are rounding errors of 0 would enter by their square roots
+        values, vectors = np.linalg.eigh(sigma)
+        keep = values > values.max() * len(values) * np.finfo(np.float64).eps
+        return vectors[:, keep] * np.sqrt(values[keep])
+
+    # The trace of (sigma1 sigma2)^(1/2) is the sum of the singular values of R1^T R2.
+    cross = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False).sum()
+    return max(float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+def measure(source, features, protocol, args, device):
+    """Statistics of Images by features(uint8 [B, H, W, 3]) -> [B, D]; those that were read from a file stay."""
+    if not isinstance(source, Images):
+        return source
+    workers = 0 if isinstance(source.source, np.ndarray) else args.workers  # an array needs no decoding
+    batches = torch.utils.data.DataLoader(source, args.batch, num_workers=workers, collate_fn=collate,
+                                          pin_memory=device.type == "cuda")
+    total, start, shown, tty = None, time.time(), time.time(), sys.stderr.isatty()
+    for batch in batches:
+        if isinstance(batch, str):
+            raise UserError(batch)
+        new = moments(features(batch))
+        if not torch.isfinite(new[1]).all():
+            raise UserError(f"{source.name}: features are not finite; are the weights ({protocol}) damaged?")
+        total = merge_moments(total, new) if total else new
+        if time.time() - shown > (1 if tty else 10) or total[0] == len(source):
+            shown = time.time()
+            print(f"{source.name}: {total[0]}/{len(source)} images  {total[0] / (shown - start):.1f} images/s",
+                  end="\r" if tty and total[0] < len(source) else "\n", file=sys.stderr, flush=True)
+    n, mean, scatter = total
+    return {"name": source.name, "mu": mean.cpu().numpy(), "sigma": (scatter / (n - 1)).cpu().numpy(), "num": n,
+            "protocol": protocol}
+
+
+def save_stats(path, stats):
+    """Write mu and sigma, as pytorch-fid reads them, with num and protocol beside them. UserError if that fails."""
+    try:
+        with open(path, "wb") as f:
+            np.savez(f, **{k: stats[k] for k in ("mu", "sigma", "num", "protocol") if stats[k] is not None})
+    except OSError as e:
+        raise UserError(f"--save-stats {path}: could not be written ({e.strerror})") from e
+
+
+def not_negative(text):
+    """argparse type: an integer of at least 0."""
+    return 0 if text == "0" else positive(text)
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("samples", nargs="?", default="samples/", help="folder of images (of any depth), or .npz with "
+                        "arr_0 (uint8 [N, H, W, 3]) or with mu and sigma")
+    parser.add_argument("--ref", default=ADM_REFERENCE, help="reference: the same kinds; a bare file name that is not "
+                        "here is looked for in the weights folder")
+    parser.add_argument("--resize", choices=("tf1", "pytorch"), default="tf1",
+                        help="to Inception's 299 pixels as ADM's evaluator does or as pytorch-fid does")
+    parser.add_argument("--size", type=positive, metavar="N", default=argparse.SUPPRESS,
+                        help="pixels: first centre-crop every image the ADM way to NxN (default: as they are, all alike)")
+    parser.add_argument("--num", type=positive, metavar="N", default=argparse.SUPPRESS,
+                        help="images: score exactly the first N samples by name (default: all)")
+    parser.add_argument("--batch", type=positive, default=64, help="images per step; does not change the result")
+    parser.add_argument("--workers", type=not_negative, default=min(4, os.cpu_count() or 1),
+                        help="processes that decode images; 0: none but this one")
+    parser.add_argument("--weights", default=os.environ.get("SVG_WEIGHTS") or "weights",
+                        help="folder of the pretrained files, to which Inception's is downloaded on first use")
+    parser.add_argument("--save-stats", metavar="OUT.npz", default=argparse.SUPPRESS,
+                        help="write mu and sigma of the samples, also for pytorch-fid; if then the default reference is "
+                             "not there, nothing is compared")
+    parser.add_argument("--demo", action="store_true",
+                        help="features of the demo's encoder instead of Inception, by default against the demo's images")
+    args = argparse.Namespace(size=None, num=None, save_stats=None)
+    args.__dict__.update(vars(parser.parse_args()))
+    device = setup()
+
+    if args.save_stats and not os.path.isdir(os.path.dirname(args.save_stats) or "."):
+        raise UserError(f"--save-stats {args.save_stats}: no such folder")
+    ref, by_default = args.ref, args.ref == ADM_REFERENCE
+    if not os.path.exists(ref) and os.path.basename(ref) == ref:
+        ref = find_weights(ref, args.weights)
+    if args.demo and by_default:
+        import demo
+        data = demo.dataset("val", 1000)
+        reference = Images("the demo's validation set", np.stack([data[i, i][0] for i in range(len(data))]))
+        args.size = args.size or reference.shape[0]
+    elif args.save_stats and by_default and not os.path.exists(ref):
+        reference = None
+    else:
+        reference = open_source(ref, args.size)
+    samples = open_source(args.samples, args.size, args.num)
+
+    features, protocol = None, "saved statistics"
+    if args.demo:
+        import demo
+        encoder, protocol = load_encoder(demo.ENCODER).to(device), "mean token of the demo's encoder"
+
+        def features(images):
+            return encoder(to_float(images, device)).mean(1)
+    elif isinstance(samples, Images) or isinstance(reference, Images):
+        model = load_inception(fetch_weights(INCEPTION, args.weights)).to(device)
+        protocol = f"{'TF1' if args.resize == 'tf1' else 'PyTorch'} resize, {INCEPTION}"
+
+        def features(images):
+            return inception_features(model, images, args.resize)["pool3"]
+
+    fake = measure(samples, features, protocol, args, device)
+    if args.save_stats:
+        save_stats(args.save_stats, fake)
+        print(f"statistics of {fake['name']} written to {args.save_stats}", file=sys.stderr)
+    if not reference:
+        return
+    real = measure(reference, features, protocol, args, device)
+    if None not in (fake["protocol"], real["protocol"]) and str(fake["protocol"]) != str(real["protocol"]):
+        raise UserError(f"{real['name']} was measured with {real['protocol']}, {fake['name']} with {fake['protocol']}")
+    distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
+    if not args.demo and any(s["num"] is not None and s["num"] < 10000 for s in (fake, real)):
+        print("warning: fewer than 10,000 images: FID is biased upward, compare it only at equal numbers", file=sys.stderr)
+    sides = " against ".join(s["name"] if s["num"] is None else f"{s['num']} images of {s['name']}" for s in (fake, real))
+    if args.demo:
+        print(f"FD-demo-encoder {distance:.4f}  ({sides}, {protocol}; not Inception FID, comparable only with itself)")
+    else:
+        print(f"FID {distance:.4f}  ({sides}, {protocol})")
+
+
+if __name__ == "__main__":
+    run_main(main)
