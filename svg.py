@@ -548,7 +548,7 @@ class Autoencoder(nn.Module):
             self.alignment_batches.fill_(int(total[4]))
         sums = torch.zeros(2 * self.channels + 1, dtype=torch.float64)
         for x, _, _ in images:
-            latents = self.encode(to_float(x, device)).flatten(0, 1).double().cpu()
+            latents = self.encode(to_float(x, device)).flatten(0, 1).cpu().double()
             sums += torch.cat([latents.sum(0), latents.square().sum(0), torch.tensor([len(latents)])])
         sums = all_reduce(sums, device)
         mean, square = (sums[:-1] / sums[-1]).view(2, -1)
@@ -1008,7 +1008,7 @@ def crop(image, size, rng=None):
     array = np.asarray(adm_resize(image, size))
     free = np.array(array.shape[:2]) - size
     y, x = free // 2 if rng is None else rng.integers(0, free + 1)
-    return array[y:y + size, x:x + size]
+    return array[y:y + size, x:x + size].copy()  # a view of Pillow's memory is not writable, which torch warns of
 
 
 def list_images(folder):
@@ -1124,11 +1124,11 @@ def all_reduce(x, device="cpu"):
 
 def setup():
     """Join torchrun's process group, if there is one, and return this process's device: CUDA, MPS or CPU."""
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     return torch.device("cuda", local) if cuda else torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
@@ -1324,7 +1324,7 @@ def grid_image(images, columns, labels=None, title="", tile=None):
 
 def plot_log(log, path, title, size=(720, 400)):
     """Draw every *loss of log.jsonl against the step, each on its own scale, with axis values: a PNG at `path`."""
-    rows = [json.loads(line) for line in open(log)] if os.path.exists(log) else []
+    rows = [json.loads(line) for line in Path(log).read_text().splitlines()] if os.path.exists(log) else []
     names = [k for k in (rows[-1] if rows else {}) if k.endswith("loss")]
     if len(rows) < 2:
         return

@@ -53,15 +53,21 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
 
-    def forward(self, x, y):
-        h, distance = (torch.cat([x, y]) - self.shift) / self.scale, 0
+    def unit_features(self, images):
+        """The five tapped feature maps, each of unit length over its channels."""
+        h, out = (images - self.shift) / self.scale, []
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.taps:
-                unit = h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10)
-                a, b = unit.chunk(2)
-                head = getattr(self, f"head{self.taps.index(i)}")
-                distance = distance + ((a - b).square() * head).sum(1).mean((1, 2)).float()
+                out.append(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return out
+
+    def forward(self, target, images):
+        with torch.no_grad():  # only `images` is being learned
+            targets = self.unit_features(target)
+        distance = 0
+        for i, (a, b) in enumerate(zip(targets, self.unit_features(images), strict=True)):
+            distance = distance + ((a - b).square() * getattr(self, f"head{i}")).sum(1).float().mean((1, 2))
         return distance
 
 

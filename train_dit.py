@@ -9,7 +9,6 @@ labelled by class as previews. The same command goes on from last.pt.
 import copy
 import time
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
