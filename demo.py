@@ -33,9 +33,7 @@ TRAIN_AE = {"encoder": str(ENCODER), "image_size": SIZE, "grid": GRID, "decoder_
 TRAIN_DIT = {"model": "6,160,4", "batch": 128, "lr": 1e-3, "steps": 800, "ema_decay": 0.995, "log_every": 50,
              "save_every": 400, "preview_every": 400, "workers": 0}
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The dataset
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The dataset -------------------------------------------------------------------------------------------
 
 
 def _polar(radii, start=-np.pi / 2):
@@ -66,7 +64,9 @@ CLASSES = sorted(OUTLINES)
 
 
 def _texture(rng, n, hue, value):
-    """A gradient between two shades of a hue, plain, striped, chequered or grainy: float [n, n, 3] in [0, 255]."""
+    """A gradient between two shades of a hue, plain, striped, chequered or grainy: float [n, n, 3] in [0,
+    255].
+    """
     saturation = rng.uniform(0.5, 0.95)
     a, b = (255 * np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, 0.03)) % 1, saturation,
                                                np.clip(value + rng.normal(0, 0.08), 0, 1)), np.float32) for _ in range(2))
@@ -113,7 +113,9 @@ def draw(label, rng, size=SIZE):
 
 
 class Shapes(torch.utils.data.Dataset):
-    """Item (index, position) -> (uint8 [32, 32, 3], label, -1), as svg.ImageFolder; held in memory after the first use."""
+    """Item (index, position) -> (uint8 [32, 32, 3], label, -1), as svg.ImageFolder; held in memory after
+    the first use.
+    """
 
     classes = CLASSES
 
@@ -135,9 +137,7 @@ def dataset(split, count=None):
     return Shapes(count or {"train": 20000, "val": 2000}[split], {"train": 1, "val": 2}[split])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The frozen encoder: a DINOv3 architecture of 0.2M parameters, taught class and outline
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The frozen encoder: a DINOv3 architecture of 0.2M parameters, taught class and outline ----------------
 
 def _batches(seed, steps, batch, count=20000):
     """`steps` random batches (images, labels, outline masks) from `count` pictures drawn with `seed`."""
@@ -149,7 +149,9 @@ def _batches(seed, steps, batch, count=20000):
 
 
 def train_encoder(path, steps=3000, batch=64, seed=0):
-    """Train the tiny ViT on freshly drawn pictures: class from the patch tokens' mean and from CLS, outline per patch."""
+    """Train the tiny ViT on freshly drawn pictures: class from the patch tokens' mean and from CLS,
+    outline per patch.
+    """
     torch.manual_seed(seed)
     vit = svg.ViT(**VIT)
     heads = nn.ModuleDict({"cls": nn.Linear(64, 10), "mean": nn.Linear(64, 10), "outline": nn.Linear(64, 64)})
@@ -193,12 +195,12 @@ def pack(path):
     })
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The judge: do samples show what they were asked for?
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The judge: do samples show what they were asked for? --------------------------------------------------
 
 def train_classifier(steps=1500, batch=64, seed=0):
-    """A small convolutional classifier trained on the demo's real pictures; returns it and its held-out accuracy."""
+    """A small convolutional classifier trained on the demo's real pictures; returns it and its held-out
+    accuracy.
+    """
     torch.manual_seed(seed)
     layers, c = [], 3
     for width in (32, 64, 128):

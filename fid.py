@@ -12,6 +12,7 @@ FID is comparable only within one protocol: the same resize, Inception weights, 
 import os
 import sys
 import time
+import zipfile
 
 import numpy as np
 import torch
@@ -79,14 +80,17 @@ def open_source(path, size=None, num=None):
         adm = os.path.basename(path) == ADM_REFERENCE
         raise UserError(f"{path}: no such folder or .npz file" + (
             f"; download it from {ADM_URL}, or name another reference by --ref" if adm else ""))
+    elif not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: no folder of images, and no .npz file that is whole")
     else:
         arrays = svg.load_npz(path)
         if "mu" in arrays and "sigma" in arrays:
             if num:
                 raise UserError(f"{path}: holds statistics, so --num {num} cannot choose among its images")
-            if not (np.isfinite(arrays["mu"]).all() and np.isfinite(arrays["sigma"]).all()):
+            stats = {"name": str(path), **{k: arrays.get(k) for k in ("mu", "sigma", "num", "protocol")}}
+            if not np.isfinite(stats["mu"]).all() or not np.isfinite(stats["sigma"]).all():
                 raise UserError(f"{path}: mu or sigma is not finite")
-            return {"name": str(path), **{k: arrays.get(k) for k in ("mu", "sigma", "num", "protocol")}}
+            return stats
         source = arrays.get("arr_0")
         if source is None:
             raise UserError(f"{path}: holds neither mu and sigma nor images, arr_0, but {', '.join(arrays)}")
@@ -246,7 +250,7 @@ def inception_features(model, images, resize="tf1"):
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 255 - 1
     else:
         raise UserError(f"resize '{resize}' is neither tf1 nor pytorch")
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         pool3 = model(x)
     if model.fc is None:
         return {"pool3": pool3, "logits_unbiased": None, "logits": None}
@@ -278,8 +282,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or sigma1.shape != mu1.shape * 2:
-        raise UserError(f"means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, {sigma2.shape} do not fit "
-                        f"together: not features of the same network")
+        raise UserError(f"means {mu1.shape}, {mu2.shape} and covariances {sigma1.shape}, {sigma2.shape} "
+                        "do not fit together: they are not of the same features")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise UserError("a mean or covariance is not finite")
 
@@ -310,7 +314,8 @@ def demo_encoder(args, device):
     """features(uint8 images [B, H, W, 3]) -> [B, D], and what they are called."""
     import demo
     encoder = svg.load_encoder(demo.ENCODER).to(device)
-    return lambda images: encoder(svg.to_float(images, device)).mean(1), "mean patch tokens"
+    return (lambda images: encoder(svg.to_float(images, device)).mean(1),
+            f"mean patch tokens of {demo.ENCODER.name}")
 
 
 def demo_images(num=1000):
@@ -379,7 +384,7 @@ def parse_args():
     add("--weights", default=os.environ.get("SVG_WEIGHTS") or "weights",
         help="folder of pretrained files; Inception's is downloaded to it on first use")
     add("--save-stats", metavar="OUT.npz",
-        help="write mu and sigma of the samples, for --ref and for pytorch-fid; without --ref, do only that")
+        help="write mu and sigma of the samples, for --ref or pytorch-fid; without a reference, only that")
     add("--demo", action="store_true",
         help="features of the demo's encoder instead of Inception's; without --ref, against its images")
     return parser.parse_args()
@@ -397,12 +402,19 @@ def main():
         reference = demo_images()
         args.size = args.size or reference.shape[0]
     else:
-        reference = None if args.save_stats and no_ref else open_source(ref, args.size)
+        save_only = args.save_stats and no_ref and not os.path.exists(ref)
+        reference = None if save_only else open_source(ref, args.size)
     samples = open_source(args.samples, args.size, args.num)
 
-    features, protocol = None, "saved statistics"
+    features, protocol = None, None
     if isinstance(samples, Images) or isinstance(reference, Images):
         features, protocol = (demo_encoder if args.demo else inception)(args, device)
+    saved = [s for s in (samples, reference) if isinstance(s, dict) and s["protocol"] is not None]
+    protocol = protocol or (str(saved[0]["protocol"]) if saved else "saved statistics")
+    for s in saved:
+        if str(s["protocol"]) != protocol:
+            raise UserError(f"{s['name']} was measured by another protocol: {s['protocol']}, not {protocol}")
+
     fake = measure(samples, features, protocol, args, device)
     if args.save_stats:
         save_stats(args.save_stats, fake)
@@ -410,8 +422,6 @@ def main():
     if reference is None:
         return
     real = measure(reference, features, protocol, args, device)
-    if None not in (fake["protocol"], real["protocol"]) and str(fake["protocol"]) != str(real["protocol"]):
-        raise UserError(f"{fake['name']} goes with {fake['protocol']}, {real['name']} with {real['protocol']}")
     distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
     if not args.demo and any(s["num"] is not None and s["num"] < 10000 for s in (fake, real)):
         print("warning: FID of fewer than 10,000 images is biased upward; compare it only at equal numbers",

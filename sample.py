@@ -55,7 +55,9 @@ def parse_args():
 
 
 def find_models(args, device):
-    """The transformer and the autoencoder that belong together, the first's path, and the autoencoder's path."""
+    """The transformer and the autoencoder that belong together, the first's path, and the autoencoder's
+    path.
+    """
     demo_pt = Path(__file__).parent / "demo.pt"
     path = args.ckpt or svg.latest_run("dit", demo=True if args.demo else None) or demo_pt
     sit = svg.load_sit(path).to(device)
@@ -100,7 +102,9 @@ def label_of(i, numbers, args):
 
 
 def claim_folder(out, settings, overwrite):
-    """Make the output folder this run's: refuse one that holds anything else, so that no FID mixes two runs."""
+    """Make the output folder this run's: refuse one that holds anything else, so that no FID mixes two
+    runs.
+    """
     record = out.with_suffix(".json")
     before = json.loads(record.read_text()) if record.exists() else None
     if svg.rank() == 0 and out.exists() and any(out.iterdir()) and before != settings:

@@ -1,10 +1,10 @@
-"""SVG: Latent Diffusion Model without Variational Autoencoder (arXiv 2510.15301), the whole method in one file.
+"""SVG: Latent Diffusion Model without Variational Autoencoder (arXiv 2510.15301), the method in one file.
 
     image -> frozen DINO tokens + aligned residual tokens = latent -> noise -> velocity -> latent -> image
 
-Read from top to bottom. Images are float RGB [B, 3, H, W] in [-1, 1]; latents are tokens [B, N, C] in row-major
-order, N = grid*grid; t runs from 0 (noise) to 1 (data). `train_ae.py`, `train_dit.py`, `sample.py` and `fid.py`
-are the four programs that use this file.
+Read from top to bottom. Images are float RGB [B, 3, H, W] in [-1, 1]; latents are tokens [B, N, C] in
+row-major order, N = grid*grid; t runs from 0 (noise) to 1 (data). `train_ae.py`, `train_dit.py`, `sample.py`
+and `fid.py` are the programs that use this file.
 """
 import argparse
 import hashlib
@@ -16,6 +16,7 @@ import re
 import struct
 import sys
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -31,9 +32,7 @@ class UserError(Exception):
     """What the user can mend: shown as one line that names the file or flag and the remedy, exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Image -> tokens: one vision transformer for every frozen encoder and for the residual encoder
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Image -> tokens: one vision transformer for every frozen encoder and for the residual encoder ---------
 
 def rope_angles(periods, h, w):
     """Angles [h*w, 4*len(periods)] of DINOv3's axial rotary position embedding, patch centres in [-1, 1]."""
@@ -44,7 +43,9 @@ def rope_angles(periods, h, w):
 
 
 def rotate(x, angles):
-    """Rotate the last angles.shape[0] tokens of x [B, heads, tokens, head_dim]; the ones before (CLS, registers) stay."""
+    """Rotate the last angles.shape[0] tokens of x [B, heads, tokens, head_dim]; the ones before (CLS,
+    registers) stay.
+    """
     prefix, patches = x[:, :, :-len(angles)], x[:, :, -len(angles):]
     a, b = patches.chunk(2, -1)
     patches = patches * angles.cos() + torch.cat([-b, a], -1) * angles.sin()
@@ -127,13 +128,14 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A plain vision transformer; parameter names are those of the official DINO files.
 
-    grid=None gives DINOv3's rotary positions, grid=n a learned position embedding for CLS and n*n patches that is
-    resized (bicubic) to other grids; `offset` and `antialias` are the two ways DINOv2's releases do that.
-    forward: normalised images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, 1 + registers + h*w, dim].
+    grid=None gives DINOv3's rotary positions, grid=n a learned position embedding for CLS and n*n patches
+    that is resized (bicubic) to other grids; `offset` and `antialias` are the two ways DINOv2's releases do
+    that. forward: normalised images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, 1 + registers
+    + h*w, dim].
     """
 
-    def __init__(self, patch, dim, depth, heads, grid=None, registers=0, swiglu=False, layer_scale=True, eps=1e-6,
-                 offset=0.0, antialias=False, dropout=0.0):
+    def __init__(self, patch, dim, depth, heads, grid=None, registers=0, swiglu=False, layer_scale=True,
+                 eps=1e-6, offset=0.0, antialias=False, dropout=0.0):
         super().__init__()
         self.patch, self.dim, self.grid, self.offset, self.antialias = patch, dim, grid, offset, antialias
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
@@ -158,8 +160,9 @@ class ViT(nn.Module):
         if (h, w) == (n, n):
             return self.pos_embed
         patches = self.pos_embed[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)
-        # DINOv2's offset makes the scale factor, not the size, the argument, and so moves the sampling positions.
-        where = {"scale_factor": ((h + self.offset) / n, (w + self.offset) / n)} if self.offset else {"size": (h, w)}
+        where = {"size": (h, w)}
+        if self.offset:  # gives a scale instead of a size, which moves the sampling positions
+            where = {"scale_factor": ((h + self.offset) / n, (w + self.offset) / n)}
         patches = F.interpolate(patches, mode="bicubic", antialias=self.antialias, **where)
         return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], 1)
 
@@ -183,7 +186,9 @@ class ViT(nn.Module):
 _DINOV3 = {"patch": 16, "registers": 4, "eps": 1e-5}
 _DINOV2 = {"patch": 14, "grid": 37, "offset": 0.1}
 _DINOV2_REG = {"patch": 14, "grid": 37, "registers": 4, "antialias": True}
-_S, _B, _L = {"dim": 384, "depth": 12, "heads": 6}, {"dim": 768, "depth": 12, "heads": 12}, {"dim": 1024, "depth": 24, "heads": 16}
+_S = {"dim": 384, "depth": 12, "heads": 6}
+_B = {"dim": 768, "depth": 12, "heads": 12}
+_L = {"dim": 1024, "depth": 24, "heads": 16}
 ENCODERS = {  # name: arguments of ViT
     "dinov3_vits16": dict(_DINOV3, **_S),
     "dinov3_vits16plus": dict(_DINOV3, **_S, swiglu=True),
@@ -199,7 +204,9 @@ ENCODERS = {  # name: arguments of ViT
 
 
 def imagenet_normalize(images):
-    """[-1, 1] -> zero mean and unit variance per channel, by the ImageNet statistics that DINO was trained with."""
+    """[-1, 1] -> zero mean and unit variance per channel, by the ImageNet statistics that DINO was trained
+    with.
+    """
     mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
     return ((images + 1) / 2 - mean) / std
 
@@ -207,8 +214,9 @@ def imagenet_normalize(images):
 class Encoder(nn.Module):
     """A frozen ViT: images [B, 3, H, W] in [-1, 1] -> patch tokens [B, N, D].
 
-    Its weights are buffers outside the state dict, not parameters: no `.train()`, `.requires_grad_()`, optimiser or
-    checkpoint of what contains it can reach them. (In train mode DINOv3 would jitter its coordinates at random.)
+    Its weights are buffers outside the state dict, not parameters: no `.train()`, `.requires_grad_()`,
+    optimiser or checkpoint of what contains it can reach them. (In train mode DINOv3 would jitter its
+    coordinates at random.)
     """
 
     def __init__(self, vit, name, file):
@@ -216,7 +224,8 @@ class Encoder(nn.Module):
         self.fingerprint = fingerprint(vit.state_dict())
         self.vit, self.name, self.file, self.dim = vit, name, str(file), vit.dim
         for module in vit.modules():
-            for key, value in list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False)):
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for key, value in own:
                 delattr(module, key)
                 module.register_buffer(key, value.detach(), persistent=False)
         self.eval()
@@ -228,8 +237,9 @@ class Encoder(nn.Module):
     def forward(self, images, grid=None, cls=False):
         """Patch tokens [B, h*w, D], with cls=True also the CLS token: ([B, D], [B, h*w, D]).
 
-        grid: (h, w) tokens; images are resized to it (bicubic, antialiased) where they do not fit. Default: as many
-        as the patches that fit exactly, else one per 16 pixels (256-pixel images become 224 for a patch of 14).
+        grid: (h, w) tokens; images are resized to it (bicubic, antialiased) where they do not fit. Default:
+        as many as the patches that fit exactly, else one per 16 pixels (256-pixel images become 224 for a
+        patch of 14).
         """
         size, patch = images.shape[-2:], self.vit.patch
         h, w = grid or [n // patch if n % patch == 0 else n // 16 for n in size]
@@ -264,12 +274,14 @@ _RENAMES = [(re.compile(a), b) for a, b in [
 
 
 def to_official_names(weights):
-    """Any known ViT layout -> the official DINO one that ViT uses; split q, k, v are joined, unused tensors dropped."""
+    """Any known ViT layout -> the official DINO one that ViT uses; split q, k, v are joined, unused
+    tensors dropped.
+    """
     out = {}
     for key, value in weights.items():
         for pattern, replacement in _RENAMES:
             key = pattern.sub(replacement, key)
-        if key not in ("mask_token", "rope_embed.periods"):  # for DINO's pretraining; constants of the architecture
+        if key not in ("mask_token", "rope_embed.periods"):  # DINO's pretraining alone; constants
             out[key] = value
     gated = any(".mlp.w1." in k for k in out)
     up, down = ("w2", "w3") if gated else ("fc1", "fc2")
@@ -292,9 +304,9 @@ def to_official_names(weights):
 def load_encoder(path, name=None):
     """Load a frozen encoder: encoder(images [B, 3, H, W] in [-1, 1]) -> patch tokens [B, N, D].
 
-    path: an official DINOv3 or DINOv2 `.pth`, the same weights as Hugging Face `.safetensors`, or a file that holds an
-    encoder of ours (demo.pt). The architecture is told from the shapes, or given as a `name` of ENCODERS; every tensor
-    must fit. Raises UserError that names the missing, unexpected or misshapen tensors.
+    path: an official DINOv3 or DINOv2 `.pth`, the same weights as Hugging Face `.safetensors`, or a file that
+    holds an encoder of ours (demo.pt). The architecture is told from the shapes, or given as a `name` of
+    ENCODERS; every tensor must fit. Raises UserError that names the missing, unexpected or misshapen tensors.
     """
     weights = read_safetensors(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
     return encoder_from_weights(weights, path, name)
@@ -322,23 +334,21 @@ def _detect(weights, path):
     try:
         dim, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
     except (KeyError, AttributeError):
-        raise UserError(f"{path}: not a vision transformer that is known here (no cls_token and patch_embed.proj among "
-                        f"its {len(weights)} entries: {', '.join(map(str, list(weights)[:3]))}, ...); "
-                        f"give one of {', '.join(ENCODERS)}") from None
+        raise UserError(f"{path}: not an encoder: no cls_token and patch_embed.proj among its {len(weights)} entries "
+                        f"({', '.join(map(str, list(weights)[:3]))}, ...); give one of {', '.join(ENCODERS)}") from None
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     depth = 1 + max([int(k.split(".")[1]) for k in weights if k.startswith("blocks.")], default=0)
     swiglu = "blocks.0.mlp.w1.weight" in weights
-    fits = [n for n, c in ENCODERS.items() if (c["dim"], c["patch"], c.get("registers", 0), c.get("swiglu", False))
-            == (dim, patch, registers, swiglu)]
+    seen = (dim, patch, registers, swiglu)
+    fits = [name for name, c in ENCODERS.items()
+            if (c["dim"], c["patch"], c.get("registers", 0), c.get("swiglu", False)) == seen]
     if not fits:
         raise UserError(f"{path}: a ViT of width {dim}, patch {patch}, {registers} registers, depth {depth}"
                         f"{', SwiGLU' if swiglu else ''} is none of {', '.join(ENCODERS)}")
     return fits[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens -> latent -> image: residual encoder, alignment, decoder
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Tokens -> latent -> image: residual encoder, alignment, decoder ---------------------------------------
 
 def group_norm(channels):
     """GroupNorm as in the VQGAN decoder."""
@@ -377,7 +387,9 @@ class AttnBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The VQGAN/LDM decoder: [B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest resolution."""
+    """The VQGAN/LDM decoder: [B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest
+    resolution.
+    """
 
     def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=3):
         super().__init__()
@@ -385,11 +397,11 @@ class Decoder(nn.Module):
         c = widths[-1]
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
         self.mid = nn.Module()
-        self.mid.block_1, self.mid.attn_1, self.mid.block_2 = ResnetBlock(c, c), AttnBlock(c), ResnetBlock(c, c)
-        self.up = nn.ModuleList()  # level 0 is the full resolution; decoding runs from the last level down to it
+        self.mid.block_1, self.mid.block_2, self.mid.attn_1 = ResnetBlock(c, c), ResnetBlock(c, c), AttnBlock(c)
+        self.up = nn.ModuleList()  # level 0 is the full resolution; decoding starts at the last level
         for level in reversed(range(len(widths))):
             up = nn.Module()
-            up.block = nn.ModuleList(ResnetBlock(c if i == 0 else widths[level], widths[level]) for i in range(blocks))
+            up.block = nn.ModuleList(ResnetBlock(widths[level] if i else c, widths[level]) for i in range(blocks))
             c = widths[level]
             lowest = level == len(widths) - 1
             up.attn = nn.ModuleList(AttnBlock(c) for _ in range(blocks if lowest else 0))
@@ -414,7 +426,8 @@ class Decoder(nn.Module):
 
 
 def channel_statistics(x, synchronise=False):
-    """Mean and std of x [B, N, C] per channel over batch and tokens, then averaged over channels: two scalars, detached.
+    """Mean and std of x [B, N, C] per channel over batch and tokens, then averaged over channels: two
+    scalars, detached.
 
     synchronise: over the batches of all ranks (of equal size), as if they were one batch.
     """
@@ -431,9 +444,10 @@ def channel_statistics(x, synchronise=False):
 class Autoencoder(nn.Module):
     """Frozen encoder + residual encoder -> aligned latent; decoder -> image (paper, section 3.2).
 
-    encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). image_size: pixels; grid:
-    tokens per side, default image_size // 16; their ratio must be a power of two. Any other image size whose sides are
-    multiples of that ratio works too. residual: arguments of the residual ViT; decoder: arguments of Decoder.
+    encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). image_size: pixels;
+    grid: tokens per side, default image_size // 16; their ratio must be a power of two. Any other image size
+    whose sides are multiples of that ratio works too. residual: arguments of the residual ViT; decoder:
+    arguments of Decoder.
     """
 
     def __init__(self, encoder, residual_channels=8, image_size=256, grid=None, mask_ratio=0.1, residual=None,
@@ -450,12 +464,13 @@ class Autoencoder(nn.Module):
         residual = {"dim": 384, "depth": 6, "heads": 8, "dropout": 0.1, **(residual or {})}
         levels = int(math.log2(self.ratio)) + 1
         decoder = {"ch": 128, "ch_mult": ((1,) * levels + (1, 2, 2, 4))[-levels:], **(decoder or {})}
-        self.config = {"residual_channels": residual_channels, "image_size": image_size, "grid": grid, "residual": residual,
-                           "mask_ratio": mask_ratio, "decoder": decoder, "feature_channels": self.feature_channels}
+        self.config = {"residual_channels": residual_channels, "image_size": image_size, "grid": grid,
+                       "mask_ratio": mask_ratio, "residual": residual, "decoder": decoder,
+                       "feature_channels": self.feature_channels}
         if residual_channels:
             self.residual = ViT(patch=self.ratio, grid=grid, layer_scale=False, **residual)
-            self.residual_head = nn.Sequential(
-                nn.Linear(residual["dim"], residual["dim"]), nn.GELU(), nn.Linear(residual["dim"], residual_channels))
+            dim = residual["dim"]
+            self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, residual_channels))
             self.mask_token = nn.Parameter(torch.randn(residual_channels) * 0.02)
         self.decoder = Decoder(self.channels, **decoder)
         # Running alignment statistics: mean and std of the features, mean and std of the residual.
@@ -468,9 +483,10 @@ class Autoencoder(nn.Module):
     def encode(self, images, align=None):
         """images [B, 3, H, W] -> latents [B, N, C], the encoder's features first, then the aligned residual.
 
-        align: "batch" uses this batch's statistics (over all ranks) and so makes a latent depend on its neighbours, as
-        the authors' code does in training and inference alike; "running" uses those gathered in training. Default:
-        batch while training, running in eval, so that encode(batch)[i] == encode(batch[i:i+1]).
+        align: "batch" uses this batch's statistics (over all ranks) and so makes a latent depend on its
+        neighbours, as the authors' code does in training and inference alike; "running" uses those gathered
+        in training. Default: batch while training, running in eval, so that encode(batch)[i] ==
+        encode(batch[i:i+1]).
         """
         h, w = (n // self.ratio for n in images.shape[-2:])
         features = self.encoder(images, grid=(h, w))
@@ -485,8 +501,8 @@ class Autoencoder(nn.Module):
                 self.alignment.lerp_(statistics, (1 / (self.alignment_batches + 1)).clamp(min=0.01))
                 self.alignment_batches += 1
         elif self.alignment_batches == 0:
-            raise UserError("this autoencoder has no running alignment statistics (the authors' checkpoint keeps none): "
-                            "use align='batch' or Autoencoder.measure on some images first")
+            raise UserError("this autoencoder has no running alignment statistics (the authors' checkpoint keeps "
+                            "none): use --align batch, or Autoencoder.measure on some images first")
         else:
             statistics = self.alignment
         if self.training:
@@ -521,19 +537,21 @@ class Autoencoder(nn.Module):
     def set_latent_stats(self, mean, std):
         """Replace the latents' per-channel mean and std [C], for instance by the authors' published ones."""
         if mean.shape != self.latent_mean.shape:
-            raise UserError(f"latent statistics of {len(mean)} channels do not fit an autoencoder of {self.channels}")
+            raise UserError(f"latent statistics of {len(mean)} channels do not fit latents of {self.channels}")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
     @torch.no_grad()
     def measure(self, dataset, count, batch, workers=0):
-        """Set the latents' mean and std, in float64, over `count` images spread over the dataset and shared by the ranks.
+        """Set the latents' mean and std, in float64, over `count` images spread over the dataset and shared
+        by the ranks.
 
         Where running alignment statistics are missing (the authors' checkpoint), they are gathered first.
         """
         training, device = self.training, self.latent_mean.device
         self.eval()
-        indices = np.linspace(0, len(dataset), min(count, len(dataset)), endpoint=False).astype(int)[rank()::world_size()]
+        indices = np.linspace(0, len(dataset), min(count, len(dataset)), endpoint=False).astype(int)
+        indices = indices[rank()::world_size()]
         chunks = [[(i, 0) for i in indices[j:j + batch].tolist()] for j in range(0, len(indices), batch)]
         images = torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)
         if self.alignment_batches == 0 and self.config["residual_channels"]:
@@ -566,29 +584,29 @@ class Autoencoder(nn.Module):
 def load_autoencoder(path, encoder=None, weights_dir=None):
     """Load an autoencoder in eval mode: ours, demo.pt, or the authors' Lightning checkpoint.
 
-    encoder: a frozen Encoder to use; None finds the recorded file (the authors' checkpoint holds it itself); False
-    loads for decoding only, which needs no encoder file.
+    encoder: a frozen Encoder to use; None finds the recorded file (the authors' checkpoint holds it itself);
+    False loads for decoding only, which needs no encoder file.
     """
     checkpoint = load_checkpoint(path)
     if isinstance(checkpoint.get("state_dict"), dict):
         return _load_authors_autoencoder(checkpoint["state_dict"], path, encoder)
     part = checkpoint.get("autoencoder", checkpoint)
     if not isinstance(part, dict) or part.get("kind") != "autoencoder":
-        raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, or the authors' with 'state_dict')")
+        raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, or the authors')")
     recorded = part["encoder_file"]
     if encoder is None:
         if isinstance(checkpoint.get("encoder"), dict):
             encoder = encoder_from_weights(checkpoint, path)
         else:
             file = Path(recorded["file"])
-            found = [p for p in (file, find_weights(file.name, weights_dir), Path(__file__).parent / file.name)
-                     if p.exists()]
+            places = (file, find_weights(file.name, weights_dir), Path(__file__).parent / file.name)
+            found = [p for p in places if p.exists()]
             if not found:
-                raise UserError(f"{path} needs its encoder {file.name}; put it into {find_weights('', weights_dir)} "
-                                f"or name its folder by --weights")
+                raise UserError(f"{path} needs its encoder {file.name}: name its folder by --weights, or put it "
+                                f"into {find_weights('', weights_dir)}")
             encoder = load_encoder(found[0])
     if encoder and encoder.fingerprint != recorded["fingerprint"]:
-        raise UserError(f"{path} was trained on other encoder weights than {encoder.file}; it was {recorded['file']} "
+        raise UserError(f"{path} was trained on other encoder weights than {encoder.file}: {recorded['file']} "
                         f"({recorded['name']}, fingerprint {recorded['fingerprint'][:12]})")
     model = Autoencoder(encoder or None, **part["config"])
     strict_load(model, part["model"], path, "autoencoder")
@@ -597,14 +615,16 @@ def load_autoencoder(path, encoder=None, weights_dir=None):
 
 
 def _load_authors_autoencoder(weights, path, encoder):
-    """The published layout: `encoder.*`, `extra_vit.*` (torchvision), `mask_token`, `decoder.*`; losses are dropped."""
+    """The published layout: `encoder.*`, `extra_vit.*` (torchvision), `mask_token`, `decoder.*`; losses
+    are dropped.
+    """
     parts = {}
     for key, value in weights.items():
         head, _, rest = key.partition(".")
         parts.setdefault(head, {})[rest] = value
     for needed in ("encoder", "extra_vit", "decoder"):
         if needed not in parts:
-            raise UserError(f"{path}: not the authors' SVG autoencoder: no '{needed}.*' among its {len(weights)} tensors")
+            raise UserError(f"{path}: not the authors' autoencoder: no {needed}.* among its {len(weights)} tensors")
     if encoder is None:
         encoder = encoder_from_weights(parts["encoder"], path)
     residual = {k: v for k, v in parts["extra_vit"].items() if not k.startswith("heads.")}
@@ -621,7 +641,9 @@ def _load_authors_autoencoder(weights, path, encoder):
 
 
 def load_latent_stats(path):
-    """Per-channel mean and std ([C], [C]) from the authors' statistics file or an .npz with `mean` and `std`."""
+    """Per-channel mean and std ([C], [C]) from the authors' statistics file or an .npz with `mean` and
+    `std`.
+    """
     if str(path).endswith(".npz"):
         stats = {k: torch.from_numpy(v) for k, v in load_npz(path).items()}
     else:
@@ -632,15 +654,16 @@ def load_latent_stats(path):
     raise UserError(f"{path}: no 'mean' and 'std' (or the authors' 'dinov3_sp_mean', 'dinov3_sp_std') in it")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise -> velocity: the diffusion transformer
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Noise -> velocity: the diffusion transformer ----------------------------------------------------------
 
 def sincos_positions(dim, grid):
-    """Fixed 2-D sine-cosine position embedding [grid*grid, dim]: first half the column, second half the row (MAE, DiT)."""
+    """Fixed 2-D sine-cosine position embedding [grid*grid, dim]: first half the column, second half the
+    row (MAE, DiT).
+    """
     omega = 10000.0 ** -(np.arange(dim // 4) / (dim / 4))
     row, column = np.mgrid[:grid, :grid].reshape(2, -1, 1) * omega
-    return torch.from_numpy(np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], 1)).float()
+    table = np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], 1)
+    return torch.from_numpy(table).float()
 
 
 def modulate(x, shift, scale):
@@ -661,19 +684,10 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 
-class LabelEmbedder(nn.Module):
-    """One row per class; the last, number num_classes, is "no class"."""
-
-    def __init__(self, num_classes, dim):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
-
 class SiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero conditioning and QK-Norm (without which a run diverged near 948K steps)."""
+    """Transformer block with adaLN-Zero conditioning and QK-Norm (without which a run diverged near 948K
+    steps).
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -711,9 +725,11 @@ SIT_SIZES = {
 
 
 class SiT(nn.Module):
-    """Velocity model: (x_t [B, N, C], t [B] in [0, 1], y [B] int, num_classes = no class) -> velocity [B, N, C].
+    """Velocity model: (x_t [B, N, C], t [B] in [0, 1], y [B] int, num_classes = no class) -> velocity [B, N,
+    C].
 
-    model: "B", "L", "XL" or a dict of depth, dim, heads. grid: tokens per side. A fresh model answers exactly zero.
+    model: "B", "L", "XL" or a dict of depth, dim, heads. grid: tokens per side. A fresh model answers exactly
+    zero.
     """
 
     def __init__(self, model="XL", channels=392, num_classes=1000, grid=16):
@@ -723,20 +739,22 @@ class SiT(nn.Module):
         self.config = {"model": size, "channels": channels, "num_classes": num_classes, "grid": grid}
         self.channels, self.num_classes, self.grid = channels, num_classes, grid
         self.x_embedder = nn.Linear(channels, dim)
-        self.t_embedder, self.y_embedder = TimestepEmbedder(dim), LabelEmbedder(num_classes, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = nn.Embedding(num_classes + 1, dim)  # the last row is "no class"
         self.register_buffer("pos_embed", sincos_positions(dim, grid)[None], persistent=False)
         self.blocks = nn.ModuleList(SiTBlock(dim, heads) for _ in range(depth))
         self.final_layer = FinalLayer(dim, channels)
         self.initialize()
 
     def initialize(self):
-        """DiT's initialisation: Xavier for linear layers, zero for every gate and for the head (adaLN-Zero)."""
+        """DiT's initialisation: Xavier for linear layers, zero for every gate and for the head
+        (adaLN-Zero).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight,
-                       self.y_embedder.embedding_table.weight):
+        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight, self.y_embedder.weight):
             nn.init.normal_(weight, std=0.02)
         for layer in [b.adaLN_modulation[1] for b in self.blocks] + [self.final_layer.adaLN_modulation[1],
                                                                      self.final_layer.linear]:
@@ -754,28 +772,32 @@ class SiT(nn.Module):
 def load_sit(path, ema=True):
     """Load a transformer in eval mode: ours (EMA weights by default), demo.pt, or the authors' {"ema": ...}.
 
-    The doubled output head of the authors' file is cut to the half that counts. `model.meta` holds what the checkpoint
-    says besides: the autoencoder's fingerprint and path, latent statistics, class names, step (empty for the authors').
+    The doubled output head of the authors' file is cut to the half that counts. `model.meta` holds what the
+    checkpoint says besides: the autoencoder's fingerprint and path, latent statistics, class names, step
+    (empty for the authors').
     """
     checkpoint = load_checkpoint(path)
     checkpoint = checkpoint.get("sit", checkpoint)
     if checkpoint.get("kind") == "sit":
         config, weights = checkpoint["config"], checkpoint["ema" if ema else "model"]
-        meta = {k: v for k, v in checkpoint.items() if k in ("autoencoder", "latent_mean", "latent_std", "classes", "step")}
+        told = ("autoencoder", "latent_mean", "latent_std", "classes", "step")
+        meta = {k: v for k, v in checkpoint.items() if k in told}
     else:
         weights = checkpoint.get("ema" if ema else "model", checkpoint)
-        weights = {k.replace("ln1.", "x_embedder.", 1): v for k, v in weights.items() if k != "pos_embed"}
+        weights = {k.replace("ln1.", "x_embedder.", 1).replace("embedding_table.", ""): v
+                   for k, v in weights.items() if k != "pos_embed"}  # a constant
         try:
             dim, channels = weights["x_embedder.weight"].shape
             depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
             heads = dim // weights["blocks.0.attn.q_norm.weight"].shape[0]
-            num_classes = weights["y_embedder.embedding_table.weight"].shape[0] - 1
+            num_classes = weights["y_embedder.weight"].shape[0] - 1
             for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
                 if weights[key].shape[0] == 2 * channels:
                     weights[key] = weights[key][:channels]
         except (KeyError, AttributeError, ValueError):
-            raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors' SVG-XL)") from None
-        config = {"model": {"depth": depth, "dim": dim, "heads": heads}, "channels": channels, "num_classes": num_classes}
+            raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors')") from None
+        size = {"depth": depth, "dim": dim, "heads": heads}
+        config = {"model": size, "channels": channels, "num_classes": num_classes}
         meta = {}
     model = SiT(**config)
     strict_load(model, weights, path, "SiT")
@@ -783,24 +805,27 @@ def load_sit(path, ema=True):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flow: the loss and the sampler
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Flow: the loss and the sampler ------------------------------------------------------------------------
 
 def shift_time(u, shift):
-    """t = shift*u / (1 + (shift-1)*u): shift < 1 spends more of [0, 1] near the noise (SD3's alpha is 1/shift)."""
+    """t = shift*u / (1 + (shift-1)*u): shift < 1 spends more of [0, 1] near the noise (SD3's alpha is
+    1/shift).
+    """
     return shift * u / (1 + (shift - 1) * u)
 
 
 def drop_labels(y, num_classes, rate, uniform):
-    """Replace labels y [B] by "no class" where uniform [B] < rate, so that one model learns both velocities."""
+    """Replace labels y [B] by "no class" where uniform [B] < rate, so that one model learns both
+    velocities.
+    """
     return torch.where(uniform < rate, num_classes, y)
 
 
 def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
     """Flow-matching loss of normalised latents [B, N, C] with labels y [B]: mean squared error per image [B].
 
-    x_t = (1-t) noise + t data, target = data - noise, t = shift_time(u), u uniform (paper eq. 1-3, its t reversed).
+    x_t = (1-t) noise + t data, target = data - noise, t = shift_time(u), u uniform (paper eq. 1-3, its t
+    reversed).
     """
     u = torch.rand(len(latents), device=latents.device) if u is None else u
     noise = torch.randn_like(latents) if noise is None else noise
@@ -811,11 +836,13 @@ def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
 
 
 @torch.no_grad()
-def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True, guidance_interval=(0.0, 1.0)):
+def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
+                 guidance_interval=(0.0, 1.0)):
     """Integrate noise [B, N, C] (t = 0) to latents [B, N, C] (t = 1) for labels y [B] in `steps` Euler steps.
 
     guidance s: v = v_u + s (v_c - v_u) on all channels where t lies in guidance_interval; both in one batch.
-    zero_init: where the first step is guided its velocity is replaced by 0; without guidance it is never skipped.
+    zero_init: where the first step is guided its velocity is replaced by 0; without guidance it is never
+    skipped.
     """
     x, null = noise.float(), torch.full_like(y, model.num_classes)
     times = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
@@ -834,23 +861,35 @@ def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=Tru
 
 
 def sample_noise(seed, indices, shape):
-    """Noise [len(indices), *shape] where image i's part is a function of (seed, i) alone: no batch or GPU count in it."""
-    return torch.stack([torch.from_numpy(np.random.default_rng((seed, int(i))).standard_normal(shape, np.float32))
-                        for i in indices])
+    """Noise [len(indices), *shape] where image i's part is a function of (seed, i) alone: no batch or GPU
+    count in it.
+    """
+    return torch.from_numpy(np.stack([
+        np.random.default_rng((seed, int(i))).standard_normal(shape, np.float32) for i in indices]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: weights and checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Files: weights and checkpoints ------------------------------------------------------------------------
 
 def fingerprint(state_dict):
-    """SHA-256 over names, shapes and float32 values: the same weights in any file or precision that holds them exactly."""
+    """SHA-256 over names, shapes and float32 values: the same weights in any file or precision that holds
+    them exactly.
+    """
     digest = hashlib.sha256()
     for key in sorted(state_dict):
         value = state_dict[key].detach().cpu().float().contiguous()
         digest.update(f"{key}{tuple(value.shape)}".encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()
+
+
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def brief(error):
+    """An exception in a few words, for a message of one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:90]
 
 
 def strict_load(module, weights, path, what):
@@ -862,14 +901,17 @@ def strict_load(module, weights, path, what):
     for label, keys in (("missing", [k for k in own if k not in weights]),
                         ("unexpected", [k for k in weights if k not in own]), ("wrong shape", wrong)):
         if keys:
-            problems.append(f"{label} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else ""))
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{label} {', '.join(keys[:3])}{more}")
     if problems:
         raise UserError(f"{path}: not the weights of {what}: {'; '.join(problems)}")
     module.load_state_dict(weights)
 
 
 def save_checkpoint(path, checkpoint):
-    """Write atomically: temporary file in the same folder, fsync, rename. A failure leaves the old file and no new one."""
+    """Write atomically: temporary file in the same folder, fsync, rename. A failure leaves the old file
+    and no new one.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -879,20 +921,22 @@ def save_checkpoint(path, checkpoint):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        raise UserError(f"{path}: could not be written ({str(e).splitlines()[0]}); the previous one is intact") from e
+        raise UserError(f"{path}: not written ({str(e).splitlines()[0]}); the previous one is intact") from e
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
-    """torch.load with weights_only and mmap, on the CPU; UserError for a missing, truncated or foreign file."""
+    """torch.load with weights_only and mmap, on the CPU; UserError for a missing, truncated or foreign
+    file.
+    """
     if not os.path.exists(path):
         raise UserError(missing_weights(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file fails in any of torch's, zipfile's and pickle's ways
-        raise UserError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0][:80] or type(e).__name__}); "
-                        f"truncated or another kind of file? copy or download it again") from e
+        raise UserError(f"{path}: not a readable checkpoint ({brief(e)}): truncated, or another kind of file? "
+                        f"copy or download it again") from e
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
@@ -905,7 +949,7 @@ def read_safetensors(path):
     if not os.path.exists(path):
         raise UserError(missing_weights(path))
     try:
-        data = np.memmap(path, np.uint8, "c")  # copy-on-write: torch wants writable memory, the file stays as it is
+        data = np.memmap(path, np.uint8, "r")
         (length,) = struct.unpack("<Q", data[:8].tobytes())
         header = json.loads(data[8:8 + length].tobytes())
         out = {}
@@ -916,8 +960,8 @@ def read_safetensors(path):
                 out[key] = tensor.view(entry["shape"])
         return out
     except (ValueError, KeyError, TypeError, RuntimeError, OSError, struct.error) as e:
-        raise UserError(f"{path}: not a readable .safetensors file ({type(e).__name__}: {str(e)[:60]}); truncated? "
-                        f"copy or download it again") from e
+        raise UserError(f"{path}: not a readable .safetensors file ({brief(e)}): truncated? copy or download it "
+                        f"again") from e
 
 
 def load_npz(path):
@@ -926,16 +970,14 @@ def load_npz(path):
         with np.load(path) as f:
             return {k: f[k] for k in f.files}
     except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as e:
-        raise UserError(f"{path}: not a readable .npz file ({str(e)[:80]})") from e
+        raise UserError(f"{path}: not a readable .npz file ({brief(e)})") from e
 
 
-DOWNLOADS = {  # openly published: file name (torch.hub's rule: the part after the dash is the head of its SHA-256) -> URL
-    "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
-                                   "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"),
-    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+DOWNLOADS = {  # what is openly published: file name -> folder of its URL, head of its SHA-256
+    "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14", "b938bf1bc15cd2ec"),
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models", "397923af"),
     "pt_inception-2015-12-05-6726825d.pth": (
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-        "6726825d"),
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights", "6726825d"),
 }
 
 
@@ -948,43 +990,46 @@ def missing_weights(path):
     """The line that tells where a missing file is to be had."""
     name = os.path.basename(str(path))
     if name.startswith("dinov3"):
-        return (f"{path} is missing: DINOv3 is given out at https://ai.meta.com/resources/models-and-libraries/"
-                f"dinov3-downloads/ after a licence form; put the file there under that name, or use the open DINOv2: "
-                f"--encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
+        return (f"{path} is missing: Meta gives DINOv3 out after a licence form (https://ai.meta.com/resources/"
+                f"models-and-libraries/dinov3-downloads/); put the file there under that name, or use the open "
+                f"DINOv2: --encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
     if name in DOWNLOADS:
-        return f"{path} is missing; download it from {DOWNLOADS[name][0]}"
+        return f"{path} is missing; download it from {DOWNLOADS[name][0]}/{name}"
     return f"{path}: no such file"
 
 
 def fetch_weights(name, weights_dir=None):
-    """Path of a pretrained file by its official name, downloaded with its hash checked if it is openly published.
+    """Path of a pretrained file by its official name, downloaded with its hash checked if it is openly
+    published.
 
     A local file with another hash is only worth a warning: it may be a conversion of the same weights.
     """
     path = Path(name) if os.path.sep in str(name) else find_weights(name, weights_dir)
-    if path.exists() or path.name not in DOWNLOADS:
+    url, digest = DOWNLOADS.get(path.name, (None, None))
+    if path.exists() or not url:
+        if digest and rank() == 0 and not sha256(path).startswith(digest):
+            warnings.warn(f"{path} is not the published file of that name (its SHA-256 does not begin {digest})")
         return path  # a loader will say it if it is missing
-    url, digest = DOWNLOADS[path.name]
     if rank() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest, progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(f"{url}/{path.name}", str(path), digest, progress=sys.stderr.isatty())
         except Exception as e:  # no network, a proxy's page, a full disk, a wrong hash: the remedy is the same
-            raise UserError(f"{missing_weights(path)} (tried just now: {str(e)[:100]}) and put it there, "
-                            f"or name its folder by --weights or $SVG_WEIGHTS") from e
+            raise UserError(f"{missing_weights(path)} (tried just now: {brief(e)}) and put it there, or name its "
+                            f"folder by --weights or $SVG_WEIGHTS") from e
     barrier()
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data: an ImageFolder tree, read in a reproducible endless order
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Data: an ImageFolder tree, read in a reproducible endless order ---------------------------------------
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
 def open_rgb(path):
-    """Decode any mode that Pillow opens into an upright 8-bit RGB image; UserError names a file that does not decode."""
+    """Decode any mode that Pillow opens into an upright 8-bit RGB image; UserError names a file that does
+    not decode.
+    """
     try:
         with Image.open(path) as f:
             image = ImageOps.exif_transpose(f)
@@ -992,7 +1037,7 @@ def open_rgb(path):
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
             return image.convert("RGB")
     except Exception as e:  # Pillow's decoders raise nearly everything for damaged files
-        raise UserError(f"{path}: not a readable image ({str(e).splitlines()[0][:80] if str(e) else type(e).__name__})") from e
+        raise UserError(f"{path}: not a readable image ({brief(e)})") from e
 
 
 def adm_resize(image, size):
@@ -1004,11 +1049,13 @@ def adm_resize(image, size):
 
 
 def crop(image, size, rng=None):
-    """Shrink the ADM way and crop size x size pixels: the centre, or with a generator at random. uint8 [size, size, 3]."""
+    """Shrink the ADM way and crop size x size pixels: the centre, or with a generator at random. uint8
+    [size, size, 3].
+    """
     array = np.asarray(adm_resize(image, size))
     free = np.array(array.shape[:2]) - size
     y, x = free // 2 if rng is None else rng.integers(0, free + 1)
-    return array[y:y + size, x:x + size].copy()  # a view of Pillow's memory is not writable, which torch warns of
+    return array[y:y + size, x:x + size].copy()  # torch warns of views of Pillow's read-only memory
 
 
 def list_images(folder):
@@ -1018,10 +1065,12 @@ def list_images(folder):
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """A tree root/class/image: item (index, position) -> (uint8 [size, size, 3], label, index of a corrupt file or -1).
+    """A tree root/class/image: item (index, position) -> (uint8 [size, size, 3], label, index of a corrupt
+    file or -1).
 
-    Class folders in sorted order are the labels. `position`, the item's place in the endless stream of the run, seeds
-    its random crop. A corrupt image is replaced by the next good one and its index returned, for the caller to report.
+    Class folders in sorted order are the labels. `position`, the item's place in the endless stream of the
+    run, seeds its random crop. A corrupt image is replaced by the next good one and its index returned, for
+    the caller to report.
     """
 
     def __init__(self, root, size, random_crop=False, seed=0):
@@ -1033,8 +1082,9 @@ class ImageFolder(torch.utils.data.Dataset):
                       for path in list_images(os.path.join(root, name))]
         if not self.items:
             flat = any(os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES for e in os.scandir(root))
-            raise UserError(f"--data {root}: " + ("images, but no class folders; sort them into one folder per class"
-                                                  if flat else "no images in class folders (root/class/image.jpg)"))
+            raise UserError(f"--data {root}: " + (
+                "images, but no class folders; sort them into one folder per class" if flat else
+                "no images in class folders (root/class/image.jpg)"))
 
     def __len__(self):
         return len(self.items)
@@ -1055,8 +1105,10 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 class Stream:
-    """Batches of (index, position) without end: each epoch is a fresh permutation of the dataset, one epoch after the
-    other with nothing dropped, a function of (seed, position) alone; this rank's share of each global batch."""
+    """Batches of (index, position) without end: each epoch is a fresh permutation of the dataset, one
+    epoch after the other with nothing dropped, a function of (seed, position) alone; this rank's share
+    of each global batch.
+    """
 
     def __init__(self, length, batch, seed, start):
         self.length, self.batch, self.seed, self.start = length, batch, seed, start
@@ -1075,12 +1127,14 @@ class Stream:
 
 
 def loader(dataset, batch, seed, start, workers, device):
-    """This rank's batches of the endless stream from global batch `start` on: uint8 [b, H, W, 3], labels, corrupt."""
+    """This rank's batches of the endless stream from global batch `start` on: uint8 [b, H, W, 3], labels,
+    corrupt.
+    """
     if batch % world_size():
         raise UserError(f"--batch {batch} does not divide by the {world_size()} processes")
     return iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=Stream(len(dataset), batch, seed, start), num_workers=workers,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0, prefetch_factor=4 if workers else None))
+        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
 
 
 def to_float(images, device):
@@ -1093,9 +1147,7 @@ def to_uint8(images):
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes, devices, command lines
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Processes, devices, command lines ---------------------------------------------------------------------
 
 def rank():
     """This process's number, 0 without torchrun."""
@@ -1130,7 +1182,9 @@ def setup():
         torch.cuda.set_device(local)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
-    return torch.device("cuda", local) if cuda else torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if cuda:
+        return torch.device("cuda", local)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def autocast(device, precision):
@@ -1139,12 +1193,16 @@ def autocast(device, precision):
 
 
 def seed_step(seed, step, rank=0):
-    """Make every random number of a step a function of (seed, step, rank), so that a resumed run repeats it exactly."""
+    """Make every random number of a step a function of (seed, step, rank), so that a resumed run repeats
+    it exactly.
+    """
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose help shows each default and whose errors are one line; --demo swaps in the demo's defaults."""
+    """argparse whose help shows each default and whose errors are one line; --demo swaps in the demo's
+    defaults.
+    """
 
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=type(
@@ -1198,6 +1256,7 @@ def positive(text):
 
 def run_main(main):
     """Run a script's main; a UserError becomes one line on stderr and exit code 2."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main()
     except UserError as e:
@@ -1210,9 +1269,7 @@ def run_main(main):
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs: runs/<name>/ with config.json, log.jsonl, last.pt, numbered checkpoints, previews, loss curve
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Runs: runs/<name>/ with config.json, log.jsonl, last.pt, numbered checkpoints, previews, loss curve ---
 
 FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "name", "weights", "data", "ae"}
 
@@ -1228,12 +1285,11 @@ class Run:
         self.last = self.path / "last.pt"
         if old.exists() and self.last.exists():
             before = json.loads(old.read_text())
-            differ = [f"{'--' if k in vars(args) else ''}{k.replace('_', '-')} {config.get(k)} (was {before.get(k)})"
-                      for k in sorted(config.keys() | before.keys())
-                      if k not in FREE_FLAGS and config.get(k) != before.get(k)]
+            differ = [f"--{k.replace('_', '-')} {config.get(k)} (was {before.get(k)})" for k in config
+                      if k not in FREE_FLAGS and config[k] != before.get(k)]
             if differ:
-                raise UserError(f"{self.path} holds a different run: {'; '.join(differ)}; give the same flags to go on "
-                                f"with it, or another --name")
+                raise UserError(f"{self.path} holds a different run: {'; '.join(differ)}; give the same flags to "
+                                f"go on with it, or another --name")
         elif self.path.exists() and any(self.path.iterdir()) and not old.exists():
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
         barrier()
@@ -1242,13 +1298,16 @@ class Run:
             old.write_text(json.dumps(config, indent=1, default=str))
 
     def resume(self):
-        """The last checkpoint, or None; log entries after it are dropped, so that the log has each step once."""
+        """The last checkpoint, or None; log entries after it are dropped, so that the log has each step
+        once.
+        """
         if not self.last.exists():
             return None
         checkpoint = load_checkpoint(self.last)
         log = self.path / "log.jsonl"
         if rank() == 0 and log.exists():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= checkpoint["step"]]
+            kept = [line for line in log.read_text().splitlines()
+                    if json.loads(line)["step"] <= checkpoint["step"]]
             log.write_text("".join(line + "\n" for line in kept))
         barrier()
         self.say(f"going on with {self.path} at step {checkpoint['step']}")
@@ -1262,7 +1321,7 @@ class Run:
         """One warning per corrupt file, on the rank that met it."""
         for i in set(indices.tolist()) - self.bad - {-1}:
             self.bad.add(i)
-            print(f"warning: {dataset.name(i)}: not a readable image, skipped ({len(self.bad)} so far)", file=sys.stderr)
+            warnings.warn(f"{dataset.name(i)}: not a readable image, skipped ({len(self.bad)} so far)")
 
     def log(self, step, start, values, images_per_second):
         """One progress line, one line of log.jsonl."""
@@ -1293,7 +1352,9 @@ class Run:
 
 
 def latest_run(stage, demo=None):
-    """The newest `last.pt` of a stage below runs/, or None; demo: only demo runs (True) or only others (False)."""
+    """The newest `last.pt` of a stage below runs/, or None; demo: only demo runs (True) or only others
+    (False).
+    """
     found = []
     for config in Path("runs").glob("*/config.json"):
         settings, last = json.loads(config.read_text()), config.parent / "last.pt"
@@ -1302,12 +1363,12 @@ def latest_run(stage, demo=None):
     return max(found, key=lambda p: p.stat().st_mtime, default=None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Pictures ----------------------------------------------------------------------------------------------
 
 def grid_image(images, columns, labels=None, title="", tile=None):
-    """A PNG-ready grid of uint8 images [n, H, W, 3], enlarged to `tile` pixels, with a label above each and a title."""
+    """A PNG-ready grid of uint8 images [n, H, W, 3], enlarged to `tile` pixels, with a label above each
+    and a title.
+    """
     tile = tile or max(96, images.shape[1])
     rows, gap, text, head = -(-len(images) // columns), 4, 16 if labels else 0, 24 if title else 0
     font = ImageFont.load_default(12)
@@ -1323,7 +1384,9 @@ def grid_image(images, columns, labels=None, title="", tile=None):
 
 
 def plot_log(log, path, title, size=(720, 400)):
-    """Draw every *loss of log.jsonl against the step, each on its own scale, with axis values: a PNG at `path`."""
+    """Draw every *loss of log.jsonl against the step, each on its own scale, with axis values: a PNG at
+    `path`.
+    """
     rows = [json.loads(line) for line in Path(log).read_text().splitlines()] if os.path.exists(log) else []
     names = [k for k in (rows[-1] if rows else {}) if k.endswith("loss")]
     if len(rows) < 2:

@@ -20,13 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 import demo
 import svg
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses
-# ---------------------------------------------------------------------------------------------------------------------
+# -- Losses ------------------------------------------------------------------------------------------------
 
 
 class LPIPS(nn.Module):
-    """Perceptual distance of images [B, 3, H, W] in [-1, 1]: one number per image [B] (Zhang et al., v0.1, VGG16).
+    """Perceptual distance of images [B, 3, H, W] in [-1, 1]: one number per image [B] (Zhang et al., v0.1,
+    VGG16).
 
     vgg: path of torchvision's vgg16-397923af.pth; the published linear heads lie in assets/.
     """
@@ -113,9 +112,7 @@ def hinge_loss(real, fake):
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-# ---------------------------------------------------------------------------------------------------------------------
+# -- The program -------------------------------------------------------------------------------------------
 
 def parse_args():
     p = svg.Parser(__doc__)
