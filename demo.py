@@ -5,9 +5,9 @@
     python demo.py pack                        # demo.pt from that encoder and the newest --demo runs of both stages
     python demo.py classify samples/           # how many samples show the class they were asked for
 
-The dataset is endless in principle and drawn image by image from (seed, index): ten shapes with random place, size,
-rotation, colours, gradients and background textures. Like DINO the encoder learns what is where (class and outline), not
-how it is coloured; the residual branch has to add that. The README has the commands that made demo.pt.
+The dataset is drawn image by image from (seed, index): ten shapes with random place, size, rotation, colours,
+gradients and textures. Like DINO the encoder knows what is where, and colour only coarsely; the residual branch adds
+the rest. The README has the commands that made demo.pt.
 """
 import colorsys
 import sys
@@ -148,13 +148,15 @@ def _batches(seed, steps, batch, count=20000):
         yield svg.to_float(torch.from_numpy(pictures[i]), "cpu"), torch.from_numpy(i % len(CLASSES)), torch.from_numpy(masks[i])
 
 
-def train_encoder(path, steps=3000, batch=64, seed=0):
+def train_encoder(path, steps=8000, batch=64, seed=0):
     """Train the tiny ViT on freshly drawn pictures: class from the patch tokens' mean and from CLS,
     outline per patch.
     """
     torch.manual_seed(seed)
     vit = svg.ViT(**VIT)
-    heads = nn.ModuleDict({"cls": nn.Linear(64, 10), "mean": nn.Linear(64, 10), "outline": nn.Linear(64, 64)})
+    p = VIT["patch"]
+    heads = nn.ModuleDict({"cls": nn.Linear(64, 10), "mean": nn.Linear(64, 10), "outline": nn.Linear(64, p * p),
+                           "colour": nn.Linear(64, 3 * p * p // 4)})
     parameters = [*vit.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
@@ -162,16 +164,17 @@ def train_encoder(path, steps=3000, batch=64, seed=0):
     for step, (images, labels, masks) in enumerate(_batches(3, steps, batch), 1):
         tokens = vit(svg.imagenet_normalize(images))
         patches = tokens[:, vit.prefix:]
-        p = VIT["patch"]
-        outline = masks.view(-1, GRID, p, GRID, p).permute(0, 1, 3, 2, 4).reshape(batch, GRID * GRID, p * p)
+        outline = F.pixel_unshuffle(masks[:, None], p).flatten(2).transpose(1, 2)  # [B, 16, p*p]
+        colour = F.pixel_unshuffle(F.avg_pool2d(images, 2), p // 2).flatten(2).transpose(1, 2)
         logits = heads["mean"](patches.mean(1))
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(heads["cls"](tokens[:, 0]), labels)
-                + F.binary_cross_entropy_with_logits(heads["outline"](patches), outline))
+                + 4 * F.binary_cross_entropy_with_logits(heads["outline"](patches), outline)
+                + F.mse_loss(heads["colour"](patches), colour))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 200 == 0:
             accuracy = (logits.argmax(1) == labels).float().mean()
             print(f"step {step}/{steps}  loss {loss:.3f}  accuracy {accuracy:.2f}  {time.time() - start:.0f} s", flush=True)
     # Half precision here, so that stage 1 trains on exactly the weights that demo.pt ships.

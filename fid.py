@@ -28,9 +28,7 @@ ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
 ADM_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/{ADM_REFERENCE}"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images: a folder or an .npz -> uint8 [H, W, 3]
-# ------------------------------------------------------------------------------------------------------------
+# -- Images: a folder or an .npz -> uint8 [H, W, 3] --------------------------------------------------------
 
 class Images(torch.utils.data.Dataset):
     """Images of one size from `source`, a list of paths or an array uint8 [N, H, W, 3].
@@ -83,7 +81,7 @@ def open_source(path, size=None, num=None):
     elif not zipfile.is_zipfile(path):
         raise UserError(f"{path}: no folder of images, and no .npz file that is whole")
     else:
-        arrays = svg.load_npz(path)
+        arrays = svg.load_npz(path, ("mu", "sigma", "num", "protocol"))  # not ADM's 2 GB of images beside them
         if "mu" in arrays and "sigma" in arrays:
             if num:
                 raise UserError(f"{path}: holds statistics, so --num {num} cannot choose among its images")
@@ -91,9 +89,9 @@ def open_source(path, size=None, num=None):
             if not np.isfinite(stats["mu"]).all() or not np.isfinite(stats["sigma"]).all():
                 raise UserError(f"{path}: mu or sigma is not finite")
             return stats
-        source = arrays.get("arr_0")
+        source = svg.load_npz(path, ("arr_0",)).get("arr_0")
         if source is None:
-            raise UserError(f"{path}: holds neither mu and sigma nor images, arr_0, but {', '.join(arrays)}")
+            raise UserError(f"{path}: holds neither mu and sigma nor images (arr_0)")
         if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3:
             raise UserError(f"{path}: arr_0 is {source.dtype} {list(source.shape)}, not uint8 [N, H, W, 3]")
     if num and len(source) < num:
@@ -104,9 +102,7 @@ def open_source(path, size=None, num=None):
     return Images(str(path), source, size)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Images -> features: the Inception network of the FID, a TensorFlow graph of 2015-12-05
-# ------------------------------------------------------------------------------------------------------------
+# -- Images -> features: the Inception network of the FID, a TensorFlow graph of 2015-12-05 ----------------
 
 class ConvBN(nn.Module):
     """Convolution, batch normalisation, ReLU; padded to keep the size, or not at all (same=False)."""
@@ -258,9 +254,7 @@ def inception_features(model, images, resize="tf1"):
     return {"pool3": pool3, "logits_unbiased": logits, "logits": logits + model.fc.bias}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Features -> moments -> distance
-# ------------------------------------------------------------------------------------------------------------
+# -- Features -> moments -> distance -----------------------------------------------------------------------
 
 def moments(features):
     """Features [B, D] -> (count, mean [D], scatter [D, D]), float64; covariance = scatter / (count - 1)."""
@@ -297,9 +291,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross), 0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command
-# ------------------------------------------------------------------------------------------------------------
+# -- The command -------------------------------------------------------------------------------------------
 
 def inception(args, device):
     """features(uint8 images [B, H, W, 3]) -> [B, 2048], and what they are called."""

@@ -964,12 +964,12 @@ def read_safetensors(path):
                         f"again") from e
 
 
-def load_npz(path):
-    """Arrays of an .npz file as a dict; UserError if it is missing or damaged."""
+def load_npz(path, keys=None):
+    """Arrays of an .npz file as a dict, all or those of `keys` that it has; UserError if missing or damaged."""
     try:
         with np.load(path) as f:
-            return {k: f[k] for k in f.files}
-    except (OSError, ValueError, AttributeError, zipfile.BadZipFile) as e:
+            return {k: f[k] for k in f.files if keys is None or k in keys}
+    except Exception as e:  # a damaged file fails in any of NumPy's, zipfile's and zlib's ways
         raise UserError(f"{path}: not a readable .npz file ({brief(e)})") from e
 
 
@@ -1060,7 +1060,7 @@ def crop(image, size, rng=None):
 
 def list_images(folder):
     """Sorted image files below a folder."""
-    return sorted(os.path.join(where, f) for where, _, files in os.walk(folder) for f in files
+    return sorted(os.path.join(where, f) for where, _, files in os.walk(folder, followlinks=True) for f in files
                   if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)
 
 
@@ -1199,14 +1199,18 @@ def seed_step(seed, step, rank=0):
     torch.manual_seed(int(np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)[0] >> 1))
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each default, but not None and False, and leaves the docstring's lines as they are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse whose help shows each default and whose errors are one line; --demo swaps in the demo's
-    defaults.
-    """
+    """argparse whose errors are one line; --demo swaps in the demo's defaults."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=type(
-            "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}))
+        super().__init__(description=doc, formatter_class=HelpFormatter)
         self.demo = {}
 
     def error(self, message):
