@@ -156,7 +156,7 @@ def main():
                             decoder=decoder_size(args))
     lpips = LPIPS(svg.fetch_weights("vgg16-397923af.pth", args.weights)).to(device) if args.lpips else None
     data = demo.dataset("train") if args.demo else svg.ImageFolder(args.data, args.image_size, True, args.seed)
-    run = svg.Run("ae", args, {"encoder_fingerprint": encoder.fingerprint, "world_size": svg.world_size()})
+    run = svg.Run("ae", args, {"encoder_fingerprint": encoder.fingerprint})
 
     model = model.to(device).train()
     disc = PatchDiscriminator().to(device)

@@ -63,7 +63,7 @@ def main():
         ae.set_latent_stats(*svg.load_latent_stats(args.latent_stats))
     elif not ae.measured:  # the authors' autoencoder
         ae.measure(data, 10_000, args.batch // svg.world_size(), args.workers)
-    run = svg.Run("dit", args, {"autoencoder": ae.fingerprint, "world_size": svg.world_size()})
+    run = svg.Run("dit", args, {"autoencoder": ae.fingerprint})
 
     torch.manual_seed(args.seed)  # every rank starts from the same weights
     model = svg.SiT(size, ae.channels, len(data.classes), ae.grid).to(device)

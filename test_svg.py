@@ -1,0 +1,852 @@
+"""Tests: the published models' reference answers, the properties that users rely on, the commands, and bad input.
+
+    python -m unittest -v                       # all, some minutes on two cores; pytest collects them too
+    python -m unittest test_svg.Golden          # one group
+
+assets/golden.npz holds what independent implementations answered for formula weights (see `formula`), and the names
+and shapes of the published checkpoints. Tests with real weights look into ../shared/real and skip without it.
+"""
+import atexit
+import contextlib
+import copy
+import functools
+import importlib
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+import demo
+import fid
+import sample
+import svg
+import train_ae
+import train_dit
+
+ROOT = Path(__file__).resolve().parent
+REAL = ROOT.parent / "shared" / "real"
+GOLDEN = svg.load_npz(ROOT / "assets" / "golden.npz")
+MANIFESTS = json.loads(GOLDEN["manifests"].tobytes())
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Formula weights and other helpers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def formula(key, shape, learned_positions):
+    """One tensor as a pure function of its published name and shape (rule of shared/reference/formula.py)."""
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    if key.endswith(("periods", "bias_mask")) or (key.endswith("pos_embed") and not learned_positions):
+        return torch.zeros(shape)  # computed by the architecture
+    n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape)).astype(np.float32)
+    if key.endswith(("pos_embed", "pos_embedding")):
+        return torch.from_numpy(0.5 * n)
+    if len(shape) >= 2:
+        return torch.from_numpy(n * np.float32(np.sqrt((2 if len(shape) == 4 else 1) / np.prod(shape[1:]))))
+    if key.endswith("running_var"):
+        return torch.from_numpy(1 + 0.1 * np.abs(n))
+    return torch.from_numpy(0.1 * n + key.endswith(("weight", "gamma")))
+
+
+def weights(name):
+    """A published checkpoint's tensors, filled by the formula."""
+    return {k: formula(k, s, name.startswith("dinov2")) for k, s in MANIFESTS[name].items()}
+
+
+def image(seed, shape):
+    """Sinusoids plus noise, [B, 3, H, W] in [-1, 1] (rule of shared/reference/formula.py, there in [0, 1])."""
+    r, (b, c, h, w) = np.random.RandomState(seed), shape
+    y, x = np.mgrid[0:h, 0:w].astype(np.float64)
+    out = np.empty(shape)
+    for i, j in np.ndindex(b, c):
+        f, p = r.uniform(1, 6, 4), r.uniform(0, 6.28, 2)
+        out[i, j] = 0.5 + 0.25 * np.sin(f[0] * 6.28 * x / w + p[0]) + 0.2 * np.cos(f[1] * 6.28 * y / h + p[1])
+    out += 0.05 * r.standard_normal(shape)
+    return torch.from_numpy(np.clip(out, 0, 1).astype(np.float32) * 2 - 1)
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def to_map(tokens):
+    """[B, 256, C] -> [B, C, 16, 16]."""
+    return tokens.transpose(1, 2).unflatten(2, (16, 16))
+
+
+class Case(unittest.TestCase):
+    """A test in an empty folder of its own."""
+
+    def setUp(self):
+        before, self.folder = os.getcwd(), Path(tempfile.mkdtemp()).resolve()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.folder)
+
+    def agree(self, key, actual, rtol=1e-3, atol=1e-4):
+        expected, actual = GOLDEN[key], np.asarray(torch.as_tensor(actual).detach())
+        self.assertEqual(expected.shape, actual.shape, key)
+        np.testing.assert_allclose(actual, expected, rtol, atol * np.abs(expected).max(), err_msg=key)
+
+    def close(self, a, b, tolerance=1e-5):
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
+
+
+def run(command, *more):
+    """A script's real main in this process: "sample --steps 5" -> (exit code, stdout, stderr)."""
+    script, *flags = *command.split(), *map(str, more)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with mock.patch("sys.argv", [f"{script}.py", *flags]), contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        try:
+            svg.run_main(importlib.import_module(script).main)
+        except SystemExit as e:
+            code = e.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def ok(command, *more):
+    """run() that must succeed in silence; what it printed."""
+    code, out, err = run(command, *more)
+    assert (code, err) == (0, ""), (command, code, err)
+    return out
+
+
+def shell(command, *more, processes=1):
+    """The same through the shell's door: a fresh interpreter, or torchrun."""
+    script, *flags = *command.split(), *map(str, more)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launcher, str(ROOT / f"{script}.py"), *flags], text=True, timeout=300,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+MINI_AE = "train_ae --demo --batch 8 --stats-images 16 --log-every 1"
+MINI_DIT = "train_dit --demo --batch 8 --model 2,32,2 --lr 0.01 --ema-decay 0.5 --preview-steps 2 --log-every 1"
+
+
+@functools.cache
+def trained():
+    """A folder in which both --demo stages have run for a few steps, by the real command lines."""
+    folder, before = Path(tempfile.mkdtemp()).resolve(), os.getcwd()
+    atexit.register(shutil.rmtree, folder)
+    os.chdir(folder)
+    try:
+        ok(MINI_AE + " --steps 4 --save-every 2")
+        ok(MINI_DIT + " --steps 6")
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def pictures(folder):
+    return np.stack([np.asarray(Image.open(f)) for f in sorted(Path(folder).glob("*.png"))])
+
+
+def demo_images(count):
+    data = demo.dataset("val", count)
+    return svg.to_float(torch.from_numpy(np.stack([data[i, 0][0] for i in range(count)])), "cpu")
+
+
+def tiny_autoencoder(**residual):
+    torch.manual_seed(0)
+    return svg.Autoencoder(svg.load_encoder(demo.ENCODER), image_size=32, grid=4, decoder={"ch": 32, "ch_mult": [1] * 4},
+                           residual={"dim": 32, "depth": 1, "heads": 1, **residual})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What independent implementations answered
+# ---------------------------------------------------------------------------------------------------------------------
+
+@functools.cache
+def authors_autoencoder():
+    """The authors' autoencoder from a Lightning checkpoint file."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"state_dict": weights("svg_autoencoder")}, f"{folder}/ae.ckpt")
+        return svg.load_autoencoder(f"{folder}/ae.ckpt")
+
+
+def write_safetensors(path, tensors):
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for key, value in tensors.items():
+        end = start + 4 * value.numel()
+        header[key], start = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, end]}, end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.writelines(v.numpy().tobytes() for v in tensors.values())
+
+
+def to_hugging_face(official, layer):
+    """Official DINO names -> those of transformers, query, key and value apart; DINOv3 has no key bias there."""
+    names = {"cls_token": "embeddings.cls_token", "storage_tokens": "embeddings.register_tokens",
+             "mask_token": "embeddings.mask_token", "pos_embed": "embeddings.position_embeddings",
+             "patch_embed.proj.": "embeddings.patch_embeddings." + ("projection." if "pos_embed" in official else ""),
+             "blocks.": layer, ".attn.proj.": ".attention.o_proj.", ".ls1.gamma": ".layer_scale1.lambda1",
+             ".ls2.gamma": ".layer_scale2.lambda1", ".mlp.w1.": ".mlp.gate_proj.", ".mlp.w2.": ".mlp.up_proj.",
+             ".mlp.w3.": ".mlp.down_proj."}
+    if "pos_embed" in official:
+        names |= {"norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias"}
+    out = {}
+    for key, value in official.items():
+        for old, new in names.items():
+            if old in key and (not old.startswith("norm") or key == old):
+                key = key.replace(old, new)
+        if key.endswith(("periods", "bias_mask")):
+            continue
+        if ".attn.qkv." in key:
+            parts = zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True)
+            out |= {key.replace("attn.qkv", f"attention.{n}"): v for n, v in parts
+                    if n != "k_proj" or "pos_embed" in official or key.endswith("weight")}
+        else:
+            out[key] = value
+    return out
+
+
+class Golden(Case):
+    def test_frozen_encoders_agree_with_the_official_models(self):
+        for key in [k for k in GOLDEN if k.startswith("dino") and k.endswith("/patch")]:
+            name, size, _ = key.split("/")
+            h, w = map(int, size.split("x"))
+            with self.subTest(key):
+                encoder = svg.encoder_from_weights(weights(name), name)
+                self.assertEqual(encoder.name, name)
+                cls, patches = encoder(image(w, (2, 3, h, w)), cls=True)
+                self.agree(key, patches[:, ::14, ::5])
+                self.agree(f"{name}/{size}/cls", cls[:, ::5])
+                self.agree(f"{name}/{size}/patch_stats", torch.stack([patches.mean(), patches.std()]))
+
+    def test_hugging_face_files_give_what_the_official_file_gives(self):
+        v4 = {"o_proj": "output.dense", "q_proj": "attention.query", "k_proj": "attention.key",
+              "v_proj": "attention.value"}  # transformers 4's DINOv2
+        for name, layers in (("dinov3_vits16plus", ("layer.", "model.layer.")),
+                             ("dinov2_vits14", ("encoder.layer.", "encoder.layer. 4"))):
+            official, x = weights(name), image(5, (1, 3, 112, 112))
+            torch.save(official, f"{name}.pth")
+            expected = svg.load_encoder(f"{name}.pth")(x)
+            for layer in layers:
+                with self.subTest(name, layer=layer):
+                    renamed = to_hugging_face(official, layer.split()[0])
+                    shapes = {k.replace("model.layer.", layer): v for k, v in MANIFESTS["hf_" + name].items()}
+                    if layer.endswith("4"):
+                        for new, old in v4.items():
+                            renamed = {k.replace(f".attention.{new}.", f".attention.{old}."): v
+                                       for k, v in renamed.items()}
+                    else:
+                        self.assertEqual(set(renamed), set(shapes))
+                    write_safetensors("model.safetensors", renamed)
+                    self.close(svg.load_encoder("model.safetensors")(x), expected, 1e-6)
+
+    def test_autoencoder_agrees_with_the_authors(self):
+        ae, x = authors_autoencoder(), image(1, (2, 3, 256, 256))
+        with torch.no_grad():
+            raw = ae.residual_head(ae.residual(svg.imagenet_normalize(x))[:, 1:])
+            self.agree("ae/residual_raw", to_map(raw)[:, :, ::3, ::3])
+            latents = ae.encode(x, align="batch")
+            self.agree("ae/latent", to_map(latents)[:, ::9, ::3, ::3])
+            self.agree("ae/latent_residual", to_map(latents)[:, 384:, ::3, ::3])
+            y = ae.decode(latents)
+            self.agree("ae/recon", y[:, :, ::15, ::15])
+            self.agree("ae/recon_stats", torch.stack([y.mean(), y.std()]))
+            self.agree("ae/decode_only",
+                       ae.decode(normal(6, 1, 392, 16, 16).flatten(2).transpose(1, 2))[:, :, ::15, ::15])
+        with self.assertRaisesRegex(svg.UserError, "no running alignment statistics"):
+            ae.encode(x)  # the authors' file has none
+
+    def test_alignment_agrees_with_the_authors(self):
+        h, r = normal(3, 4, 384, 256) * .7 + .1, normal(4, 4, 8, 256) * 5 - 2
+
+        class Tokens(torch.nn.Module):
+            dim = 384
+
+            def __init__(self, tokens):
+                super().__init__()
+                self.tokens = tokens.transpose(1, 2)
+
+            def forward(self, x, grid=None):
+                return self.tokens
+
+        ae = svg.Autoencoder(Tokens(h), residual={"dim": 8, "depth": 1, "heads": 1}, decoder={"ch": 32}).eval()
+        ae.residual, ae.residual_head = Tokens(torch.cat([r[..., :1], r], -1)), torch.nn.Identity()
+        latents = ae.encode(torch.zeros(4, 3, 256, 256), align="batch").transpose(1, 2)
+        self.close(latents[:, :384], h)
+        self.agree("align/out", latents[:, 384:, ::16])
+
+    def test_stage_1_losses_agree_with_the_authors(self):
+        torch.save(weights("torchvision_vgg16"), "vgg16.pth")
+        lpips, disc = train_ae.LPIPS("vgg16.pth"), train_ae.PatchDiscriminator()
+        disc.load_state_dict(weights("patchgan"))
+        a, b = image(11, (2, 3, 128, 128)), image(12, (2, 3, 128, 128))
+        with torch.no_grad():
+            self.agree("lpips/vgg", lpips(a, b))
+            self.close(lpips(a, a), torch.zeros(2))
+            self.agree("patchgan/eval", disc.eval()(a)[:, :, ::2, ::2])
+            self.agree("patchgan/train", disc.train()(a)[:, :, ::2, ::2])
+        disc.load_state_dict(weights("patchgan"))
+        ae, x = authors_autoencoder(), image(1, (2, 3, 256, 256))
+        y = ae.decode(ae.encode(x, align="batch"))
+        nll, l1, perceptual = train_ae.reconstruction_loss(x, y, lpips, 1.0)
+        g_loss = -disc(y).mean()
+        weight = 0.5 * train_ae.adaptive_weight(nll, g_loss, ae.decoder.conv_out.weight)
+        total = nll + weight * g_loss
+        total.backward()
+        answers = {"l1_mean": l1, "p_loss_mean": perceptual, "nll": nll, "g_loss": g_loss,
+                   "d_weight_times_half": weight, "total": total,
+                   "disc_loss": train_ae.hinge_loss(disc(x), disc(y.detach())),
+                   "grad_conv_out": ae.decoder.conv_out.weight.grad[:, ::16],
+                   "grad_conv_in_norm": ae.decoder.conv_in.weight.grad.norm()}
+        for key in [k for k in GOLDEN if k.startswith("stage1/")]:
+            with self.subTest(key):
+                self.agree(key, answers[key.removeprefix("stage1/")])
+
+    def test_transformer_loss_and_sampler_agree_with_the_authors(self):
+        x, y = normal(21, 2, 256, 392), torch.tensor([3, 5])
+        for name in ("dit_tiny", "dit_B"):  # B has the doubled head, of which half counts
+            torch.save({"ema": weights(f"svg_{name}")}, "sit.pt")
+            model = svg.load_sit("sit.pt")
+            self.assertEqual(len(model.final_layer.linear.bias), 392)
+            for key in [k for k in GOLDEN if k.startswith(name)]:
+                what, *rest = key.split("/")[1].split("_", 3)
+                with self.subTest(key), torch.no_grad():
+                    if what == "velocity":
+                        v = model(x, torch.tensor([.13, .78]), torch.tensor([7, 1000]))
+                        self.agree(key, v[:, ::18, ::7])
+                    elif what == "euler":
+                        steps, guidance, (shift, mode) = int(rest[0][5:]), rest[1][3:], rest[2][5:].split("_", 1)
+                        z = svg.euler_sample(model, x, y, steps, 1.0 if guidance == "None" else float(guidance),
+                                             float(shift), zero_init=mode != "constant")
+                        self.agree(key, z[:, ::18, ::7])
+                    elif what == "loss":
+                        self.agree(key, svg.flow_loss(model, x, y, float(rest[0][5:]), torch.tensor([.25, .6]),
+                                                      normal(22, 2, 256, 392)))
+                    else:  # the direction of time: 0 is noise, 1 is data
+                        self.assertEqual((what, GOLDEN[key].tolist()), ("t", [0, 1]))
+
+    def test_authors_latent_statistics_are_read(self):
+        mean, std = (torch.from_numpy(GOLDEN[f"svg_latent_stats/{k}"]) for k in ("mean", "std"))
+        torch.save({"dinov3_sp_mean": mean.view(1, 1, -1), "dinov3_sp_std": std.view(1, 1, -1)}, "authors.pt")
+        np.savez("ours.npz", mean=mean, std=std)
+        ae = authors_autoencoder()
+        for file in ("authors.pt", "ours.npz"):
+            ae.set_latent_stats(*svg.load_latent_stats(file))
+            self.close(ae.normalize(normal(0, 2, 256, 392) * std + mean), normal(0, 2, 256, 392), 1e-4)
+
+    def test_inception_agrees_with_tensorflow_and_pytorch_fid(self):
+        torch.save(weights("fid_inception"), "inception.pth")
+        model = fid.load_inception("inception.pth")
+        x = ((image(31, (3, 3, 256, 256)) + 1) / 2 * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+        answers = fid.inception_features(model, x, "tf1")
+        self.agree("inception/tf1_resize/pool3", answers["pool3"][:, ::4])
+        self.agree("inception/tf1_resize/logits_unbiased", answers["logits_unbiased"][:, ::4])
+        self.agree("inception/tf1_resize/logits", answers["logits"][:, ::4])
+        self.agree("inception/tf1_resize/softmax_sorted5", answers["logits_unbiased"].softmax(1).topk(5).values)
+        self.agree("inception/pytorch_resize/pool3", fid.inception_features(model, x, "pytorch")["pool3"][:, ::4])
+
+    def test_frechet_distance_to_six_digits_whatever_the_rank_and_batches(self):
+        r = np.random.RandomState(41)
+        a = r.standard_normal((600, 64)) @ (r.standard_normal((64, 64)) / 8) + .3
+        b = r.standard_normal((700, 64)) @ (r.standard_normal((64, 64)) / 8)
+        for key, x, y in (("fid/distance", a, b), ("fid/rank_deficient", a[:20], b[:25])):
+            stats = [z for s in (x, y) for z in (s.mean(0), np.cov(s, rowvar=False))]
+            np.testing.assert_allclose(fid.frechet_distance(*stats), GOLDEN[key], rtol=1e-6)
+            self.assertLess(fid.frechet_distance(*stats[:2], *stats[:2]), 1e-6)
+        n, mean, scatter = functools.reduce(fid.merge_moments, map(fid.moments, torch.from_numpy(a).split(7)))
+        self.close(mean, a.mean(0), 1e-12)
+        self.close(scatter / (n - 1), np.cov(a, rowvar=False), 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Properties of the method
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Latents(Case):
+    def test_latent_does_not_depend_on_batch_mates(self):
+        ae, x = svg.load_autoencoder(trained() / "runs/demo-ae/last.pt"), demo_images(6)
+        for align in (None, "running"):
+            self.close(ae.encode(x, align)[2:3], ae.encode(x[2:3], align))
+        self.assertGreater((ae.encode(x, "batch")[2:3] - ae.encode(x[2:3], "batch")).abs().max(), 1e-3)
+
+    def test_frozen_encoder_stays_frozen_and_out_of_checkpoints(self):
+        ae, x = tiny_autoencoder(), demo_images(2)
+        before = ae.encoder(x)
+        ae.train().requires_grad_(True)
+        self.assertTrue(ae.residual.training)
+        self.assertFalse(any(m.training for m in ae.encoder.modules()))
+        self.assertEqual(list(ae.encoder.parameters()), [])
+        self.assertFalse(any("encoder" in k for k in ae.state_dict()))
+        self.assertNotIn("encoder.", str(list(ae.checkpoint()["model"])))
+        torch.optim.SGD(ae.parameters(), 1.0).zero_grad()
+        ae(x).sum().backward()
+        with torch.no_grad():
+            for p in ae.parameters():
+                p -= p.grad
+        self.assertFalse(ae.encoder(x).requires_grad)
+        self.assertTrue(torch.equal(ae.encoder(x), before))
+        self.assertEqual(ae.checkpoint()["encoder_file"]["fingerprint"], ae.encoder.fingerprint)
+
+    def test_images_of_any_size_on_the_grid(self):
+        ae = tiny_autoencoder().train()
+        x = torch.rand(2, 3, 48, 32) * 2 - 1
+        self.assertEqual((ae.encode(x).shape, ae(x).shape), ((2, 24, 72), x.shape))
+        for size, grid in ((256, 16), (64, 8)):
+            model = svg.Autoencoder(None, feature_channels=8, image_size=size, grid=grid, decoder={"ch": 32})
+            self.assertEqual(model.decode(torch.zeros(1, grid * grid, 16)).shape, (1, 3, size, size))
+        with self.assertRaisesRegex(svg.UserError, "power of two"):
+            svg.Autoencoder(None, feature_channels=8, image_size=96, grid=8)
+
+    def test_mask_token_replaces_a_tenth_of_the_residuals_only_in_training(self):
+        ae, x = tiny_autoencoder(), demo_images(1000)
+        ae.mask_token.data.fill_(1e4)
+        with torch.no_grad():
+            masked = ae.train().encode(x)[..., ae.encoder.dim:] > 100
+            self.assertTrue(torch.equal(masked.any((1, 2)), masked.all((1, 2))))
+            self.assertAlmostEqual(masked.any((1, 2)).float().mean().item(), 0.1, delta=0.04)
+            self.assertLess(ae.eval().encode(x)[..., ae.encoder.dim:].max(), 100)
+
+    def test_running_alignment_converges_to_the_batch_statistics(self):
+        ae, x = tiny_autoencoder(dropout=0.0).train(), demo_images(512)
+        with torch.no_grad():
+            for i in torch.randint(512, (100, 64)):
+                ae.encode(x[i])
+            running, batch = ae.eval().encode(x), ae.encode(x, "batch")
+        self.assertLess((running - batch).abs().mean(), 0.02 * batch[..., ae.encoder.dim:].std())
+
+    def test_measured_statistics_make_latents_mean_0_std_1(self):
+        ae, data = tiny_autoencoder(), demo.dataset("val", 300)
+        self.assertFalse(ae.measured)
+        ae.measure(data, 300, 32)
+        with torch.no_grad():
+            latents = ae.eval().normalize(ae.encode(demo_images(300))).flatten(0, 1)
+        self.close(latents.mean(0), torch.zeros(72), 1e-3)
+        self.close(latents.std(0), torch.ones(72), 1e-3)
+        self.close(ae.denormalize(ae.normalize(latents)), latents, 1e-4)
+
+
+class Field:
+    """A velocity field for the sampler: f(x, t, 1 where conditional else 0)."""
+    num_classes = 10
+
+    def __init__(self, f):
+        self.f = f
+
+    def __call__(self, x, t, y):
+        return self.f(x, t.view(-1, 1, 1), (y < 10).float().view(-1, 1, 1))
+
+
+class Flow(Case):
+    def test_fresh_transformer_answers_exactly_zero(self):
+        model = svg.SiT({"depth": 2, "dim": 32, "heads": 2}, 7, 10, 4)
+        v = model(torch.randn(3, 16, 7), torch.rand(3), torch.tensor([0, 9, 10]))
+        self.assertEqual((v.shape, v.abs().max()), ((3, 16, 7), 0))
+
+    def test_sizes_have_the_papers_parameter_counts(self):
+        with torch.device("meta"):
+            for name, millions in (("B", 130), ("L", 458), ("XL", 675)):
+                count = sum(p.numel() for p in svg.SiT(name).parameters()) / 1e6
+                self.assertAlmostEqual(count, millions, delta=0.01 * millions)
+
+    def test_sampler_converges_to_the_exact_solution(self):
+        field, x = Field(lambda x, t, c: x * t.cos()), torch.randn(2, 3, 4)
+        for shift in (1.0, 0.15):
+            y = torch.zeros(2, dtype=torch.long)
+            errors = [(svg.euler_sample(field, x, y, n, shift=shift) / x - np.exp(np.sin(1))).abs().max().item()
+                      for n in (25, 50, 100)]
+            self.assertLess(errors[2], 0.05)
+            for coarse, fine in zip(errors, errors[1:]):
+                self.assertAlmostEqual(coarse / fine, 2, delta=0.2)  # first order
+
+    def test_guidance_interval_and_zero_init(self):
+        field, x, y = Field(lambda x, t, c: 0 * x + 1 + 2 * c), torch.randn(2, 3, 4), torch.tensor([0, 9])
+        for moved, settings in ((3, {}), (3, {"zero_init": True}), (1, {"guidance": 0.0, "zero_init": False}),
+                                (5, {"guidance": 2.0, "zero_init": False}),
+                                (5 * 0.75, {"guidance": 2.0}),  # the first of four steps is skipped
+                                (3 * 0.5 + 5 * 0.5, {"guidance": 2.0, "guidance_interval": (0.5, 1)}),
+                                (3, {"guidance": 2.0, "guidance_interval": (0.9, 1)})):
+            with self.subTest(settings):
+                self.close(svg.euler_sample(field, x, y, 4, shift=1.0, **settings), x + moved)
+
+    def test_time_shift_keeps_the_ends_and_inverts(self):
+        u = torch.linspace(0, 1, 11, dtype=torch.float64)
+        for shift in (0.15, 0.4, 1.0, 3.0):
+            t = svg.shift_time(u, shift)
+            self.assertEqual((t[0], t[-1]), (0, 1))
+            self.close(svg.shift_time(t, 1 / shift), u, 1e-12)
+        self.close(svg.shift_time(torch.tensor(0.5), 0.4), 0.2 / 0.7)
+
+    def test_label_dropout_rate(self):
+        y = torch.arange(20000) % 10
+        dropped = svg.drop_labels(y, 10, 0.1, torch.rand(20000))
+        self.assertAlmostEqual((dropped == 10).float().mean().item(), 0.1, delta=0.01)
+        self.assertTrue(torch.equal(dropped[dropped != 10], y[dropped != 10]))
+        self.assertTrue(torch.equal(svg.drop_labels(y, 10, 0.0, torch.rand(20000)), y))
+
+    def test_ema_formula(self):
+        ema, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        expected = 0.9 * ema.weight + 0.1 * model.weight
+        train_dit.update_ema(ema, model, 0.9)
+        self.close(ema.weight, expected, 1e-6)
+
+    def test_noise_and_labels_depend_on_the_global_index_alone(self):
+        noise = svg.sample_noise(3, range(8), (4, 5))
+        self.assertTrue(torch.equal(noise[5:6], svg.sample_noise(3, [5], (4, 5))))
+        self.assertEqual(len({row.sum().item() for row in torch.cat([noise, svg.sample_noise(4, range(8), (4, 5))])}), 16)
+        self.assertLess(abs(svg.sample_noise(0, range(200), (10, 10)).std() - 1), 0.02)
+        args = mock.Mock(seed=1, labels="balanced")
+        self.assertEqual([sample.label_of(i, [2, 7, 5], args) for i in range(5)], [2, 7, 5, 2, 7])
+        args.labels = "random"
+        drawn = [sample.label_of(i, [2, 7, 5], args) for i in range(300)]
+        self.assertEqual((drawn[50:60], set(drawn)), ([sample.label_of(i, [2, 7, 5], args) for i in range(50, 60)], {2, 5, 7}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and data
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Files(Case):
+    def test_failed_write_leaves_the_old_checkpoint_and_nothing_else(self):
+        svg.save_checkpoint("last.pt", {"step": 1})
+
+        def full_disk(checkpoint, f):
+            f.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+
+        with mock.patch("torch.save", full_disk), self.assertRaisesRegex(svg.UserError, "last.pt.*No space left"):
+            svg.save_checkpoint("last.pt", {"step": 2})
+        self.assertEqual((svg.load_checkpoint("last.pt"), os.listdir()), ({"step": 1}, ["last.pt"]))
+
+    def test_fingerprint_changes_with_one_weight_and_not_with_the_file(self):
+        a = {"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(3)}
+        self.assertEqual(svg.fingerprint(a), svg.fingerprint({k: v.half() for k, v in reversed(a.items())}))
+        b = copy.deepcopy(a)
+        b["w"][1, 2] += 1e-5
+        self.assertEqual(len({svg.fingerprint(x) for x in (a, b, {"w": a["w"].T, "b": a["b"]})}), 3)
+
+    def test_autoencoder_checkpoint_round_trip_with_and_without_its_encoder(self):
+        path = trained() / "runs/demo-ae/last.pt"
+        whole, decoder, x = svg.load_autoencoder(path), svg.load_autoencoder(path, encoder=False), demo_images(2)
+        latents = whole.encode(x)
+        self.assertTrue(torch.equal(whole(x), decoder.decode(latents)))
+        self.assertTrue(torch.equal(whole.normalize(latents), decoder.normalize(latents)))
+        self.assertIsNone(decoder.encoder)
+        with self.assertRaisesRegex(svg.UserError, "other encoder weights"):
+            svg.load_autoencoder(path, svg.Encoder(svg.ViT(**demo.VIT), "demo", "other.pt"))
+
+    def test_transformer_checkpoint_round_trip_gives_the_ema(self):
+        path = trained() / "runs/demo-dit/last.pt"
+        checkpoint, model = svg.load_checkpoint(path), svg.load_sit(path)
+        self.assertEqual((svg.fingerprint(model.state_dict()), svg.fingerprint(svg.load_sit(path, ema=False).state_dict())),
+                         (svg.fingerprint(checkpoint["ema"]), svg.fingerprint(checkpoint["model"])))
+        self.assertNotEqual(svg.fingerprint(checkpoint["ema"]), svg.fingerprint(checkpoint["model"]))
+        self.assertEqual((model.meta["classes"], model.meta["step"]), (demo.CLASSES, 6))
+
+
+class Data(Case):
+    def test_images_of_every_mode_decode_to_upright_rgb(self):
+        y, x = np.mgrid[:40, :60].astype(np.float32)
+        rgb = Image.fromarray(np.stack([x / 59 * 255, y / 39 * 255, 0 * x + 90], -1).astype(np.uint8))
+        grey = np.asarray(rgb.convert("L"))
+        half = np.full((40, 60), 130, np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+        for name, stored, colour, settings in (
+                ("L.png", rgb.convert("L"), False, {}), ("P.png", rgb.quantize(256), True, {}),
+                ("CMYK.tif", rgb.convert("CMYK"), True, {}), ("CMYK.jpg", rgb.convert("CMYK"), True, {"quality": 98}),
+                ("RGBA.png", Image.merge("RGBA", [*rgb.split(), Image.fromarray(half)]), True, {}),
+                ("LA.png", Image.merge("LA", [rgb.convert("L"), Image.fromarray(half)]), False, {}),
+                ("I16.png", Image.fromarray(grey.astype(np.uint16) * 257), False, {}),
+                ("turned.jpg", rgb.transpose(Image.Transpose.ROTATE_90), True, {"exif": exif, "quality": 98})):
+            with self.subTest(name):
+                stored.save(name, **settings)
+                image = svg.open_rgb(name)
+                expected = np.asarray(rgb) if colour else np.repeat(grey[..., None], 3, 2)
+                self.assertEqual((image.mode, image.size), ("RGB", (60, 40)))
+                self.assertLess(np.abs(np.asarray(image) - expected.astype(int)).mean(), 4)
+
+    def test_adm_crop_is_a_box_average_and_central(self):
+        rng = np.random.default_rng(0)
+        big = rng.integers(0, 256, (128, 192, 3), np.uint8)  # halved twice to 32 x 48
+        half = np.round(big.reshape(64, 2, 96, 2, 3).mean((1, 3)) + 1e-9)
+        quarter = half.reshape(32, 2, 48, 2, 3).mean((1, 3))
+        self.assertLessEqual(np.abs(svg.crop(Image.fromarray(big), 32) - quarter[:, 8:40]).max(), 1)
+        tall = rng.integers(0, 256, (45, 32, 3), np.uint8)  # fits as it is: the centre, rounded down
+        np.testing.assert_array_equal(svg.crop(Image.fromarray(tall), 32), tall[6:38])
+        for size in ((33, 47), (640, 70), (20, 20), (63, 64)):
+            self.assertEqual(svg.crop(Image.new("RGB", size), 32).shape, (32, 32, 3))
+        corners = {svg.crop(Image.fromarray(tall), 32, np.random.default_rng(i)).tobytes() for i in range(200)}
+        self.assertEqual(corners, {tall[i:i + 32].tobytes() for i in range(14)})
+
+    def test_stream_visits_each_image_once_per_epoch_in_new_order(self):
+        flat = [item for batch, _ in zip(svg.Stream(10, 4, 0, 0), range(10)) for item in batch]
+        self.assertEqual([p for _, p in flat], list(range(40)))
+        epochs = [[i for i, _ in flat[n:n + 10]] for n in range(0, 40, 10)]
+        self.assertTrue(all(sorted(e) == list(range(10)) for e in epochs))
+        self.assertEqual(len(set(map(tuple, epochs))), 4)
+        self.assertNotEqual(flat[:10], next(iter(svg.Stream(10, 10, 1, 0))))
+        self.assertEqual(next(iter(svg.Stream(10, 4, 0, 7))), flat[28:32])  # a restart
+
+    def test_ranks_share_the_batch_of_one_process(self):
+        whole = next(iter(svg.Stream(100, 8, 0, 13)))
+        shares = []
+        for rank in range(2):
+            with mock.patch("svg.rank", lambda rank=rank: rank), mock.patch("svg.world_size", lambda: 2):
+                shares += next(iter(svg.Stream(100, 8, 0, 13)))
+        self.assertEqual(shares, whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+REAL_DATA = (f"--encoder {demo.ENCODER} --image-size 32 --grid 4 --lpips 0 --gan 0 --decoder-channels 32 --residual-dim 32 "
+             f"--residual-depth 1 --batch 4 --workers 0 --stats-images 4")
+
+
+def write_pictures(folder, count):
+    Path(folder).mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(demo.draw(i, np.random.default_rng(i))[0]).save(f"{folder}/{i}.png")
+
+
+class Commands(Case):
+    def assert_same(self, a, b, where=""):
+        """The same numbers, bit for bit, all the way down."""
+        self.assertEqual(type(a), type(b), where)
+        if isinstance(a, torch.Tensor):
+            self.assertTrue(torch.equal(a, b), where)
+        elif isinstance(a, (dict, list)):
+            self.assertEqual(len(a), len(b), where)
+            for key in a if isinstance(a, dict) else range(len(a)):
+                self.assert_same(a[key], b[key], f"{where}/{key}")
+        else:
+            self.assertEqual(a, b, where)
+
+    def test_resumed_training_equals_uninterrupted_training(self):
+        ae = f" --ae {trained()}/runs/demo-ae/last.pt"
+        for command in (MINI_AE + " --gan 0.5 --disc-start 2", MINI_DIT + ae):
+            with self.subTest(command):
+                shutil.rmtree("runs", ignore_errors=True)
+                ok(command + " --name whole --steps 4")
+                ok(command + " --name halves --steps 2")
+                self.assertIn("going on with runs/halves at step 2", ok(command + " --name halves --steps 4"))
+                self.assert_same(*(svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("whole", "halves")))
+                log = [json.loads(line) for line in open("runs/halves/log.jsonl")]
+                self.assertEqual([entry["step"] for entry in log], [1, 2, 3, 4])
+
+    def test_two_processes_train_the_same_transformer(self):
+        command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --steps 3 --name"
+        ok(command, "one")
+        shell(command, "two", processes=2)
+        one, two = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("one", "two"))
+        for key in one["ema"]:
+            self.close(one["ema"][key], two["ema"][key])
+
+    def test_samples_do_not_depend_on_batch_size_or_processes(self):
+        os.chdir(trained())
+        command = "sample --steps 3 --num 9 --out"
+        shown = ok(command, self.folder / "whole")
+        self.assertIn("runs/demo-dit/last.pt", shown)
+        ok(command, self.folder / "single", "--batch-size", 1)
+        ok(command, self.folder / "seven", "--batch-size", 7)
+        shell(command, self.folder / "two", processes=2)
+        whole = pictures(self.folder / "whole").astype(int)
+        self.assertGreater(len(np.unique(whole[:, 0, 0])), 3)
+        for other in ("single", "seven", "two"):
+            self.assertLessEqual(np.abs(pictures(self.folder / other) - whole).max(), 1, other)
+
+    def test_whole_demo_writes_what_is_documented(self):
+        shutil.copytree(trained() / "runs", "runs")
+        documented = {"config.json", "log.jsonl", "loss.png", "last.pt"}
+        self.assertEqual(set(os.listdir("runs/demo-ae")), documented | {"0000002.pt", "0000004.pt", "preview-0000004.png"})
+        self.assertEqual(set(os.listdir("runs/demo-dit")), documented | {"0000006.pt", "preview-0000006.png"})
+        shell("sample --demo --steps 2 --num 12 --classes star 0 --npz images.npz")
+        self.assertEqual(sorted(os.listdir()), ["images.npz", "runs", "samples", "samples.json", "samples.png"])
+        self.assertEqual(sorted(os.listdir("samples")), [f"{i:06d}.png" for i in range(12)])
+        np.testing.assert_array_equal(svg.load_npz("images.npz")["arr_0"], pictures("samples"))
+        self.assertEqual(pictures("samples").shape, (12, 32, 32, 3))
+        ok("sample --demo --steps 2 --num 12 --classes star 0")  # the same command again is the same run
+        code, out, _ = run("fid samples --demo --num 10")
+        self.assertEqual(code, 0)
+        self.assertRegex(out, r"\d.*not Inception FID")
+        write_pictures("real/a", 3)
+        ok("sample --reconstruct real")
+        self.assertEqual(sorted(os.listdir("reconstructions/a")), ["0.png", "1.png", "2.png"])
+        self.assertTrue(os.path.exists("reconstructions.png"))
+
+    def test_training_skips_a_corrupt_image_with_one_warning(self):
+        write_pictures("data/a", 3)
+        write_pictures("data/b", 3)
+        Path("data/a/1.png").write_bytes(Path("data/a/0.png").read_bytes()[:100])
+        code, _, err = run(f"train_ae {REAL_DATA} --data data --steps 5 --log-every 1")
+        self.assertEqual((code, err.count("\n")), (0, 1), err)
+        self.assertRegex(err, r"warning: data/a/1\.png.*skipped \(1 so far\)")
+        self.assertEqual(json.loads(open("runs/ae/log.jsonl").readlines()[-1])["corrupt"], 1)
+
+
+class BadInput(Case):
+    def snapshot(self):
+        return {p: p.read_bytes() if p.is_file() else None for p in self.folder.rglob("*")}
+
+    def refused(self, command, *words):
+        """Exit code 2, one line that holds all `words`, and not a file more, less or different."""
+        with self.subTest(command):
+            before = self.snapshot()
+            code, _, err = run(command)
+            self.assertEqual((code, err.count("\n"), err[:7]), (2, 1, "error: "), err)
+            for word in words:
+                self.assertIn(word, err)
+            after = self.snapshot()
+            self.assertEqual(before.keys(), after.keys())
+            self.assertEqual([p for p in before if before[p] != after[p]], [])
+
+    def setUp(self):
+        super().setUp()
+        shutil.copytree(trained() / "runs", "runs")
+        write_pictures("good/a", 2)
+        write_pictures("bad/a", 2)
+        write_pictures("flat", 1)
+        for folder in ("empty", "w", "hollow/a"):
+            os.makedirs(folder)
+        Path("bad/a/1.png").write_bytes(Path("bad/a/0.png").read_bytes()[:100])
+        Path("text.pt").write_text("not a checkpoint\nat all\n")
+        Path("text.npz").write_text("not an archive\n")
+        Path("zero.pt").touch()
+        Path("zero.npz").touch()
+        checkpoint = Path("runs/demo-ae/last.pt").read_bytes()
+        Path("half.pt").write_bytes(checkpoint[:len(checkpoint) // 2])
+        write_safetensors("whole.safetensors", {"cls_token": torch.zeros(1, 1, 384)})
+        Path("half.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:200])
+        torch.save([1, 2], "list.pt")
+        torch.save({"fc.weight": torch.zeros(2, 2)}, "mlp.pth")
+        torch.save({"cls_token": torch.zeros(1, 1, 384), "patch_embed.proj.weight": torch.zeros(384, 3, 14, 14),
+                    "norm.weight": torch.zeros(7), "extra": torch.zeros(1)}, "wrong.pth")
+        np.savez("stats.npz", mean=np.zeros(5), std=np.ones(5))
+        other = svg.load_checkpoint("runs/demo-ae/last.pt")
+        torch.save({**other, "fingerprint": "0" * 64}, "other.pt")
+
+    def test_missing_weights(self):
+        self.refused("train_ae --data good", "dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "ai.meta.com", "weights/",
+                     "dinov2_vits14_pretrain.pth")
+        with mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
+            for command, file in (("train_ae --encoder dinov2_vits14_pretrain.pth", "dinov2_vits14_pretrain.pth"),
+                                  (MINI_AE + " --lpips 1 --name new", "vgg16-397923af.pth"),
+                                  ("fid good --save-stats x.npz", "pt_inception-2015-12-05-6726825d.pth")):
+                self.refused(f"{command} --weights w", f"w/{file}", "https://", "no network", "--weights")
+
+    def test_damaged_and_foreign_files(self):
+        for file, words in (("text.pt", ["not a readable checkpoint"]), ("half.pt", ["truncated"]),
+                            ("zero.pt", ["not a readable checkpoint"]), ("list.pt", ["holds a list"]),
+                            ("half.safetensors", ["truncated"]), ("whole.safetensors", ["not a vision transformer"]),
+                            ("mlp.pth", ["not a vision transformer", "fc.weight"]), ("nowhere.pth", ["no such file"]),
+                            ("wrong.pth", ["missing", "and", "more", "unexpected extra", "norm.weight [7] instead of [384]"])):
+            self.refused(f"train_ae --data good --encoder {self.folder}/{file}", file, *words)
+        for file in ("text.pt", "half.pt", "zero.pt", "list.pt", "mlp.pth", "nowhere.pt", "runs/demo-ae/last.pt"):
+            self.refused(f"sample --ckpt {file}", file)
+        for file in ("text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt"):
+            self.refused(f"train_dit --demo --name new --ae {file}", file)
+        for file in ("text.npz", "zero.npz", "mlp.pth"):
+            self.refused(f"sample --latent-stats {file}", file)
+        self.refused("sample --latent-stats stats.npz", "5 channels", "72")
+
+    def test_bad_data(self):
+        for folder, words in (("nowhere", "no such folder"), ("empty", "class folders"), ("hollow", "no images"),
+                              ("flat", "one folder per class")):
+            self.refused(f"train_ae {REAL_DATA} --data {folder}", f"--data {folder}", words)
+            self.refused(f"train_dit --batch 4 --ae runs/demo-ae/last.pt --data {folder}", f"--data {folder}", words)
+        self.refused("fid empty --demo", "empty")
+        self.refused("fid nowhere --demo", "nowhere")
+        self.refused("fid bad --demo --workers 0", "bad/a/1.png", "not a readable image")
+        self.refused("fid good --demo --num 3 --workers 0", "--num 3")
+        self.refused("sample --reconstruct empty", "--reconstruct empty")
+        for i in range(2):
+            Path(f"bad/a/{i}.png").write_text("no picture")
+        self.refused(f"train_ae {REAL_DATA} --data bad", "no readable image")
+        self.refused("train_dit --batch 4 --ae runs/demo-ae/last.pt --data bad --workers 1", "no readable image")
+
+    def test_flags_out_of_range(self):
+        for command, words in (
+                ("sample --steps 0", ["--steps", "'0'"]), (MINI_AE + " --steps 0", ["--steps"]),
+                (MINI_DIT + " --steps -3", ["--steps"]), ("sample --guidance -1", ["--guidance -1"]),
+                ("sample --num 0", ["--num"]), ("sample --shift 0", ["--shift"]), ("sample --seed -1", ["--seed"]),
+                ("sample --nonsense", ["--nonsense"]), ("fid good --batch 0", ["--batch"]),
+                ("sample --classes 10", ["--classes 10", "0 to 9", "arrow"]), ("sample --classes unicorn", ["unicorn"]),
+                (MINI_DIT + " --model 2,30,4", ["--model 2,30,4"]), (MINI_DIT + " --model S", ["--model S"]),
+                (MINI_AE + " --image-size 48 --name new", ["--image-size 48"]),
+                (MINI_AE + " --decoder-mult 1,1 --name new", ["--decoder-mult 1,1"])):
+            self.refused(command, *words)
+        with mock.patch("svg.world_size", lambda: 3):
+            self.refused(MINI_AE + " --name new", "--batch 8", "3 processes")
+            self.refused(MINI_DIT + " --name new", "--batch 8", "3 processes")
+
+    def test_things_that_do_not_belong_together(self):
+        self.refused("sample --ae other.pt", "runs/demo-dit/last.pt", "other.pt", "--ae")
+        self.refused("train_dit --data good", "train_ae.py", "--ae")  # only demo runs are there
+        self.refused(MINI_AE + " --lr 0.1", "runs/demo-ae", "different run", "--lr 0.1 (was 0.0005)", "--name")
+        self.refused(MINI_DIT + " --name demo-ae", "runs/demo-ae", "different run")
+        self.refused("sample --steps 2 --out good", "good", "different run", "--out")
+        ok("sample --steps 2 --num 3 --out mine")
+        self.refused("sample --steps 3 --num 3 --out mine", "mine", "different run", "--overwrite")
+        ok("sample --steps 2 --num 3 --out v1.25")
+        before = self.snapshot()
+        ok("sample --steps 3 --num 3 --out v1.55")
+        after = self.snapshot()
+        self.assertEqual([p for p in before if before[p] != after[p]], [])  # two folders, two overviews and records
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shipped model, and real weights where they are
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Shipped(Case):
+    def test_shipped_model_draws_what_it_is_asked_for(self):
+        self.assertLess((ROOT / "demo.pt").stat().st_size, 8e6)
+        self.assertIn("demo.pt", ok("sample --steps 5 --num 200"))  # in a bare folder
+        classifier, real = demo.train_classifier()
+        share, each = demo.accuracy(classifier, pictures("samples"), np.arange(200) % 10)
+        self.assertGreaterEqual(real, 0.95)
+        self.assertGreaterEqual(share, 0.90, f"by class: {each}")
+
+
+@unittest.skipUnless(REAL.is_dir(), "real weights are not here")
+class RealWeights(Case):
+    def test_dinov2_tells_real_images_apart(self):
+        encoder = svg.load_encoder(REAL / "weights/dinov2_vits14_pretrain.pth")
+        self.assertEqual(encoder.name, "dinov2_vits14")
+
+        def features(split, count):
+            data = svg.ImageFolder(REAL / "tiny20" / split, 64)
+            chosen = [i for c in range(20) for i in [j for j, (_, label) in enumerate(data.items) if label == c][:count]]
+            x = svg.to_float(torch.from_numpy(np.stack([data[i, 0][0] for i in chosen])), "cpu")
+            cls = torch.cat([encoder(part, grid=(8, 8), cls=True)[0] for part in x.split(50)])
+            return torch.nn.functional.normalize(cls, dim=1), torch.arange(20).repeat_interleave(count)
+
+        (train, labels), (val, truth) = features("train", 15), features("val", 5)
+        self.assertGreater((labels[(val @ train.T).argmax(1)] == truth).float().mean(), 0.5)  # chance is 0.05
+
+    def test_vgg_and_inception_load_and_order_real_images(self):
+        lpips = train_ae.LPIPS(REAL / "weights/vgg16-397923af.pth")
+        files = svg.list_images(REAL / "tiny20/val")[:2]
+        a, b = (svg.to_float(torch.from_numpy(svg.crop(svg.open_rgb(f), 64))[None], "cpu") for f in files)
+        noisy = (a + 0.05 * torch.randn_like(a)).clamp(-1, 1)
+        self.assertLess(lpips(a, noisy).item(), lpips(a, b).item())
+        answers = fid.inception_features(fid.load_inception(REAL / "weights/pt_inception-2015-12-05-6726825d.pth"),
+                                         torch.from_numpy(svg.to_uint8(a)))
+        self.assertEqual((answers["pool3"].shape, answers["logits"]), ((1, 2048), None))
+        self.assertGreater(answers["pool3"].mean(), 0.1)
+
+
+if __name__ == "__main__":
+    unittest.main()
