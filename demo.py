@@ -2,7 +2,7 @@
 
     python demo.py show                        # shapes.png: what the dataset looks like
     python demo.py encoder                     # trains runs/demo-encoder.pt, the frozen encoder of demo.pt
-    python demo.py pack                        # demo.pt from that encoder and the newest --demo runs of both stages
+    python demo.py pack                        # demo.pt from the newest --demo runs of both stages
     python demo.py classify samples/           # how many samples show the class they were asked for
 
 The dataset is drawn image by image from (seed, index): ten shapes with random place, size, rotation, colours,
@@ -27,8 +27,8 @@ SIZE, GRID = 32, 4  # pixels per side, tokens per side
 VIT = {"patch": SIZE // GRID, "dim": 64, "depth": 4, "heads": 1, "registers": 4, "eps": 1e-5}
 
 # What --demo changes in each script: sizes, schedule and losses that need no download.
-TRAIN_AE = {"encoder": str(ENCODER), "image_size": SIZE, "grid": GRID, "decoder_channels": 32, "decoder_mult": "1,1,2,2", "residual_dim": 64,
-            "residual_depth": 2, "lpips": 0.0, "gan": 0.0, "batch": 64, "lr": 5e-4, "steps": 800,
+TRAIN_AE = {"encoder": str(ENCODER), "image_size": SIZE, "grid": GRID, "decoder_channels": 32,
+            "decoder_mult": "1,1,2,2", "residual_dim": 64, "residual_depth": 2, "lpips": 0.0, "gan": 0.0, "batch": 64, "lr": 5e-4, "steps": 800,
             "log_every": 50, "save_every": 400, "preview_every": 400, "stats_images": 2048, "workers": 0}
 TRAIN_DIT = {"model": "6,160,4", "batch": 128, "lr": 1e-3, "steps": 800, "ema_decay": 0.995, "log_every": 50,
              "save_every": 400, "preview_every": 400, "workers": 0}
@@ -49,8 +49,8 @@ def _heart():
 
 OUTLINES = {  # polygons in [-1, 1], y downwards
     "arrow": np.array([(0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.8, -0.1)]),
-    "cross": np.array([(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1), (-.33, 1),
-                       (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)]),
+    "cross": np.array([(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1),
+                       (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)]),
     "disc": _polar([1] * 48),
     "heart": _heart(),
     "hourglass": np.array([(-.8, -1), (.8, -1), (.12, 0), (.8, 1), (-.8, 1), (-.12, 0)]),
@@ -68,8 +68,12 @@ def _texture(rng, n, hue, value):
     255].
     """
     saturation = rng.uniform(0.5, 0.95)
-    a, b = (255 * np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, 0.03)) % 1, saturation,
-                                               np.clip(value + rng.normal(0, 0.08), 0, 1)), np.float32) for _ in range(2))
+
+    def shade():
+        brightness = np.clip(value + rng.normal(0, 0.08), 0, 1)
+        return np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, 0.03)) % 1, saturation, brightness), np.float32)
+
+    a, b = 255 * shade(), 255 * shade()
     y, x = np.mgrid[:n, :n].astype(np.float32) / n
     angle, frequency = rng.uniform(0, 2 * np.pi), rng.uniform(2, 5)
     u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
@@ -142,41 +146,48 @@ def dataset(split, count=None):
 def _batches(seed, steps, batch, count=20000):
     """`steps` random batches (images, labels, outline masks) from `count` pictures drawn with `seed`."""
     rng = np.random.default_rng(seed)
-    pictures, masks = (np.stack(x) for x in zip(*(draw(i % len(CLASSES), rng) for i in range(count)), strict=True))
+    drawn = [draw(i % len(CLASSES), rng) for i in range(count)]
+    pictures, masks = (torch.from_numpy(np.stack(x)) for x in zip(*drawn, strict=True))
     for _ in range(steps):
-        i = rng.integers(0, count, batch)
-        yield svg.to_float(torch.from_numpy(pictures[i]), "cpu"), torch.from_numpy(i % len(CLASSES)), torch.from_numpy(masks[i])
+        i = torch.from_numpy(rng.integers(0, count, batch))
+        yield svg.to_float(pictures[i], "cpu"), i % len(CLASSES), masks[i]
 
 
-def train_encoder(path, steps=8000, batch=64, seed=0):
-    """Train the tiny ViT on freshly drawn pictures: class from the patch tokens' mean and from CLS,
-    outline per patch.
+def train_encoder(path, steps=6000, batch=64, seed=0):
+    """Train the tiny ViT on drawn pictures: every patch token (and CLS) learns to tell the class, the coarse outline
+    of the whole figure and the two mean colours, and each patch token its own outline: meaning, and where it is.
     """
     torch.manual_seed(seed)
-    vit = svg.ViT(**VIT)
-    p = VIT["patch"]
-    heads = nn.ModuleDict({"cls": nn.Linear(64, 10), "mean": nn.Linear(64, 10), "outline": nn.Linear(64, p * p),
-                           "colour": nn.Linear(64, 3 * p * p // 4)})
-    parameters = [*vit.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.05)
+    vit, p = svg.ViT(**VIT), VIT["patch"]
+    told = nn.Linear(64, len(CLASSES) + 64 + 6)  # of every token: class, 8 x 8 outline, figure's and ground's colour
+    local = nn.Linear(64, p * p)  # of each patch token: its own outline
+    optimizer = torch.optim.AdamW([*vit.parameters(), *told.parameters(), *local.parameters()], 2e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+
+    def every_token(target):
+        return target.unsqueeze(1).expand(-1, 1 + GRID * GRID, *target.shape[1:])
+
     start = time.time()
     for step, (images, labels, masks) in enumerate(_batches(3, steps, batch), 1):
         tokens = vit(svg.imagenet_normalize(images))
-        patches = tokens[:, vit.prefix:]
+        tokens = torch.cat([tokens[:, :1], tokens[:, vit.prefix:]], 1)  # [B, 17, 64]
+        logits, coarse, colours = told(tokens).split([len(CLASSES), 64, 6], -1)
         outline = F.pixel_unshuffle(masks[:, None], p).flatten(2).transpose(1, 2)  # [B, 16, p*p]
-        colour = F.pixel_unshuffle(F.avg_pool2d(images, 2), p // 2).flatten(2).transpose(1, 2)
-        logits = heads["mean"](patches.mean(1))
-        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(heads["cls"](tokens[:, 0]), labels)
-                + 4 * F.binary_cross_entropy_with_logits(heads["outline"](patches), outline)
-                + F.mse_loss(heads["colour"](patches), colour))
+        m = masks[:, None]
+        mean = [(images * w).sum((2, 3)) / w.sum((2, 3)) for w in (m, 1 - m)]  # [B, 3] each
+
+        loss = (F.cross_entropy(logits.flatten(0, 1), every_token(labels).flatten())
+                + 2 * F.binary_cross_entropy_with_logits(coarse, every_token(F.avg_pool2d(m, 4).flatten(1)))
+                + 2 * F.binary_cross_entropy_with_logits(local(tokens[:, 1:]), outline)
+                + F.mse_loss(colours, every_token(torch.cat(mean, 1))))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 200 == 0:
-            accuracy = (logits.argmax(1) == labels).float().mean()
-            print(f"step {step}/{steps}  loss {loss:.3f}  accuracy {accuracy:.2f}  {time.time() - start:.0f} s", flush=True)
+            accuracy = (logits.mean(1).argmax(1) == labels).float().mean()
+            print(f"step {step}/{steps}  loss {loss:.3f}  accuracy {accuracy:.2f}  {time.time() - start:.0f} s",
+                  flush=True)
     # Half precision here, so that stage 1 trains on exactly the weights that demo.pt ships.
     model = {k: v.half() for k, v in vit.state_dict().items()}
     svg.save_checkpoint(path, {"encoder": {"name": "demo", "vit": VIT, "model": model}})
@@ -188,13 +199,15 @@ def pack(path):
     if not (ae and dit):
         raise svg.UserError("no --demo runs of both stages below runs/; see the README for the commands")
     ae, dit = svg.load_checkpoint(ae), svg.load_checkpoint(dit)
+    if dit["autoencoder"]["fingerprint"] != ae["fingerprint"]:
+        raise svg.UserError("the newest --demo transformer was not trained on the newest --demo autoencoder")
     encoder = svg.load_checkpoint(ae["encoder_file"]["file"])["encoder"]
     half = {k: v.half() if v.is_floating_point() else v for k, v in ae["model"].items()}
+    told = ("kind", "config", "fingerprint", "encoder_file", "autoencoder", "classes", "step")
     svg.save_checkpoint(path, {
         "encoder": encoder,
-        "autoencoder": {**{k: ae[k] for k in ("kind", "config", "fingerprint", "encoder_file")}, "model": half},
-        "sit": {**{k: dit[k] for k in ("kind", "config", "autoencoder", "classes", "step")},
-                "ema": {k: v.half() for k, v in dit["ema"].items()}},
+        "autoencoder": {**{k: v for k, v in ae.items() if k in told}, "model": half},
+        "sit": {**{k: v for k, v in dit.items() if k in told}, "ema": {k: v.half() for k, v in dit["ema"].items()}},
     })
 
 
@@ -207,8 +220,8 @@ def train_classifier(steps=1500, batch=64, seed=0):
     torch.manual_seed(seed)
     layers, c = [], 3
     for width in (32, 64, 128):
-        layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1),
-                   nn.BatchNorm2d(width), nn.ReLU()]
+        layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+                   nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
         c = width
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 10))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
@@ -221,7 +234,8 @@ def train_classifier(steps=1500, batch=64, seed=0):
         schedule.step()
     model.eval()
     val = dataset("val")
-    return model, accuracy(model, np.stack([val[i, 0][0] for i in range(len(val))]), np.arange(len(val)) % 10)[0]
+    pictures = np.stack([val[i, 0][0] for i in range(len(val))])
+    return model, accuracy(model, pictures, np.arange(len(val)) % len(CLASSES))[0]
 
 
 @torch.no_grad()
@@ -235,8 +249,8 @@ def main():
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "show":
         val = dataset("val")
-        sheet = svg.grid_image(np.stack([val[i, 0][0] for i in range(60)]), 10, CLASSES * 6, "the demo's real images")
-        sheet.save("shapes.png")
+        pictures = np.stack([val[i, 0][0] for i in range(60)])
+        svg.grid_image(pictures, 10, CLASSES * 6, "the demo's real images").save("shapes.png")
     elif command == "encoder":
         Path("runs").mkdir(exist_ok=True)
         train_encoder("runs/demo-encoder.pt")
@@ -250,7 +264,7 @@ def main():
         images = np.stack([np.asarray(svg.open_rgb(f)) for f in files])
         model, real = train_classifier()
         share, each = accuracy(model, images, np.arange(len(files)) % len(CLASSES))
-        print(f"classifier: {real:.1%} right on held-out real images; {share:.1%} of {len(files)} samples show their class")
+        print(f"classifier: {real:.1%} right on held-out real images; {share:.1%} of {len(files)} samples right")
         print("  ".join(f"{name} {a:.0%}" for name, a in zip(CLASSES, each)))
     else:
         raise svg.UserError("python demo.py show | encoder | pack | classify FOLDER")

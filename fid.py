@@ -352,11 +352,6 @@ def save_stats(path, stats):
         raise UserError(f"--save-stats {path}: could not be written ({e.strerror})") from e
 
 
-def not_negative(text):
-    """argparse type: an integer of at least 0."""
-    return 0 if text == "0" else svg.positive(text)
-
-
 def parse_args():
     parser = svg.Parser(__doc__)
     add = parser.add_argument
@@ -366,12 +361,12 @@ def parse_args():
         help="what to compare with, of the same kinds; a bare name is also looked for in the weights folder")
     add("--resize", choices=("tf1", "pytorch"), default="tf1",
         help="to Inception's 299 pixels, as ADM's evaluator or as pytorch-fid does it")
-    add("--size", type=not_negative, default=0, metavar="N",
+    add("--size", type=svg.not_negative, default=0, metavar="N",
         help="pixels: first centre-crop every image to NxN as ADM does; 0: as they are, all of one size")
-    add("--num", type=not_negative, default=0, metavar="N",
+    add("--num", type=svg.not_negative, default=0, metavar="N",
         help="images: score the first N of the samples, sorted by path; 0: all")
     add("--batch", type=svg.positive, default=64, help="images per step; the result does not depend on it")
-    add("--workers", type=not_negative, default=min(4, os.cpu_count() or 1),
+    add("--workers", type=svg.not_negative, default=min(4, os.cpu_count() or 1),
         help="processes that decode images; 0: this one does")
     add("--weights", default=os.environ.get("SVG_WEIGHTS") or "weights",
         help="folder of pretrained files; Inception's is downloaded to it on first use")

@@ -1,17 +1,18 @@
 """Every picture: class-conditional samples of a trained model, and reconstructions of real images.
 
     python sample.py --steps 5                           # the last run, or the shipped demo.pt if there is none
-    python sample.py --num 50000 --guidance 1.55 --npz samples.npz         # for FID; under torchrun on several GPUs
+    python sample.py --num 50000 --npz samples.npz       # for FID; under torchrun on several GPUs
     python sample.py --classes 207 360 --guidance 4.0
     python sample.py --reconstruct val/ --out reconstructions
 
-Writes samples/000000.png and so on, named by global index; what they are stands beside them in samples.json, and an
-overview in samples.png. Image i depends on --seed and i alone, not on the batch size or the number of processes.
+Writes samples/000000.png and so on, named by global index; samples.json beside them says what they are and
+samples.png is an overview. Image i depends on --seed and i alone, not on batch size or number of processes.
 """
 import json
 import os
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import torch
 from PIL import Image
 
 import svg
+
+DEMO_PT = Path(__file__).parent / "demo.pt"
 
 
 def parse_args():
@@ -34,23 +37,24 @@ def parse_args():
     add("--overwrite", action="store_true", help="replace what another run left in --out")
     add("--num", type=svg.positive, default=40, help="images in all")
     add("--classes", nargs="+", help="class numbers or names, taken in turn (default: all)")
-    add("--labels", choices=("balanced", "random"), default="balanced", help="each class in turn, or drawn at random")
-    add("--seed", type=int, default=0, help="of noise and random labels")
+    add("--labels", choices=("balanced", "random"), default="balanced", help="classes in turn, or drawn at random")
+    add("--seed", type=svg.not_negative, default=0, help="of noise and random labels")
     add("--steps", type=svg.positive, default=25, help="Euler steps")
-    add("--guidance", type=float, default=1.55, help="guidance scale; 1: none (1.55 in the paper's FID, 4 in its figures)")
-    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="t where guided")
+    add("--guidance", type=svg.number(), default=1.55, help="guidance scale; 1: none (paper: 1.55 for FID, 4 for figures)")
+    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+        help="range of t that is guided")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
-    add("--shift", type=svg.above_zero, default=0.15, help="timestep shift in sampling")
+    add("--shift", type=svg.number(above=0), default=0.15, help="timestep shift in sampling")
     add("--batch-size", type=svg.positive, default=64, help="images at a time and process")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the models' arithmetic; the sampler's state is fp32")
-    add("--npz", help="also write all images as uint8 [num, H, W, 3], key arr_0, as ADM's evaluator reads them")
+    add("--npz", help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM's evaluator")
     add("--reconstruct", metavar="DIR", help="instead of sampling, encode and decode the images of a folder")
     add("--align", choices=("running", "batch"), default="running",
-        help="alignment statistics of --reconstruct; batch: the authors', the only ones their checkpoint allows")
+        help="alignment statistics of --reconstruct; the authors' checkpoint allows only batch")
     args = p.parse_args()
-    if args.guidance < 0:
-        raise svg.UserError(f"--guidance {args.guidance:g}: give a number of at least 0 (1: no guidance)")
+    if args.npz and not os.path.isdir(os.path.dirname(args.npz) or "."):
+        raise svg.UserError(f"--npz {args.npz}: no such folder")
     return args
 
 
@@ -58,27 +62,28 @@ def find_models(args, device):
     """The transformer and the autoencoder that belong together, the first's path, and the autoencoder's
     path.
     """
-    demo_pt = Path(__file__).parent / "demo.pt"
-    path = args.ckpt or svg.latest_run("dit", demo=True if args.demo else None) or demo_pt
+    path = args.ckpt or svg.latest_run("dit", demo=True if args.demo else None) or DEMO_PT
     sit = svg.load_sit(path).to(device)
     trained_on = sit.meta.get("autoencoder", {})
     ae_path = args.ae or (path if Path(path).name == "demo.pt" else trained_on.get("path"))
     if not ae_path:
         raise svg.UserError(f"{path} does not say which autoencoder it was trained on: name it by --ae")
     if not os.path.exists(ae_path):
-        raise svg.UserError(f"{path} was trained on the autoencoder {ae_path}, which is not there: name it by --ae")
+        raise svg.UserError(f"{path} needs the autoencoder {ae_path}, which is not there: name it by --ae")
     ae = svg.load_autoencoder(ae_path, encoder=False).to(device)
-    if (trained_on and trained_on["fingerprint"] != ae.fingerprint and not args.any_ae) or sit.channels != ae.channels:
-        raise svg.UserError(f"{path} was not trained on the autoencoder {ae_path} (latents of {sit.channels} and "
-                            f"{ae.channels} channels); name the right one by --ae"
-                            + (", or give --any-ae" if sit.channels == ae.channels else ""))
+    if (sit.channels, sit.grid) != (ae.channels, ae.grid):
+        raise svg.UserError(f"{path} makes latents of {sit.grid}x{sit.grid}x{sit.channels}, the autoencoder {ae_path} "
+                            f"takes {ae.grid}x{ae.grid}x{ae.channels}: they do not belong together")
+    if trained_on and trained_on["fingerprint"] != ae.fingerprint and not args.any_ae:
+        raise svg.UserError(f"{path} was not trained on the autoencoder {ae_path}: name the right one by --ae, or "
+                            f"insist by --any-ae")
     if args.latent_stats:
         ae.set_latent_stats(*svg.load_latent_stats(args.latent_stats))
     elif "latent_mean" in sit.meta:
         ae.set_latent_stats(sit.meta["latent_mean"], sit.meta["latent_std"])
     elif not ae.measured:
-        raise svg.UserError(f"neither {path} nor {ae_path} holds the latents' mean and std: give --latent-stats "
-                            f"(the authors' dinov3_sp_stats.pt)")
+        raise svg.UserError(f"neither {path} nor {ae_path} holds the latents' mean and std: name them by "
+                            f"--latent-stats (the authors' dinov3_sp_stats.pt)")
     return sit, ae, path, ae_path
 
 
@@ -86,10 +91,10 @@ def class_numbers(names, classes, num_classes):
     """--classes as numbers: each a number, or a name that the checkpoint knows."""
     numbers = []
     for name in names or range(num_classes):
-        number = classes.index(name) if name in classes else int(name) if str(name).isdigit() else -1
+        number = int(name) if str(name).isdigit() else classes.index(name) if name in classes else -1
         if not 0 <= number < num_classes:
-            raise svg.UserError(f"--classes {name}: the model has classes 0 to {num_classes - 1}"
-                                + (f" ({', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''})" if classes else ""))
+            known = f" ({', '.join([*classes[:10], *['...'][:len(classes) > 10]])})" if classes else ""
+            raise svg.UserError(f"--classes {name}: the model has classes 0 to {num_classes - 1}{known}")
         numbers.append(number)
     return numbers
 
@@ -101,15 +106,24 @@ def label_of(i, numbers, args):
     return numbers[i % len(numbers)]
 
 
+def beside(out, suffix):
+    """samples -> samples.json and the like, whatever dots are in the name."""
+    return out.with_name(out.name + suffix)
+
+
 def claim_folder(out, settings, overwrite):
     """Make the output folder this run's: refuse one that holds anything else, so that no FID mixes two
     runs.
     """
-    record = out.with_suffix(".json")
-    before = json.loads(record.read_text()) if record.exists() else None
+    if not out.name or (out.exists() and not out.is_dir()):
+        raise svg.UserError(f"--out {out}: give the name of a folder to make")
+    record = beside(out, ".json")
+    before = svg.read_json(record)
     if svg.rank() == 0 and out.exists() and any(out.iterdir()) and before != settings:
+        if not before:
+            raise svg.UserError(f"{out} holds files that are not of this program: give another --out")
         if not overwrite:
-            raise svg.UserError(f"{out} already holds a different run: choose another --out, or give --overwrite")
+            raise svg.UserError(f"{out} already holds a different run: give another --out, or --overwrite")
         shutil.rmtree(out)
     svg.barrier()
     if svg.rank() == 0:
@@ -124,14 +138,15 @@ def generate(args, device):
     classes = sit.meta.get("classes", [])
     numbers = class_numbers(args.classes, classes, sit.num_classes)
     out = Path(args.out or "samples")
-    settings = {k: v for k, v in vars(args).items() if k not in ("batch_size", "overwrite", "weights", "demo", "npz")}
-    settings |= {"ckpt": str(path), "ae": str(ae_path), "step": sit.meta.get("step"),
-                 "guidance_interval": list(args.guidance_interval), "weights": svg.fingerprint(sit.state_dict())}
+    told = ("num", "classes", "labels", "seed", "steps", "guidance", "zero_init", "shift", "precision")
+    settings = {"ckpt": str(path), "ae": str(ae_path), "step": sit.meta.get("step"),
+                "weights": svg.fingerprint(sit.state_dict()), **{k: getattr(args, k) for k in told},
+                "guidance_interval": list(args.guidance_interval)}
     claim_folder(out, settings, args.overwrite)
     if svg.rank() == 0:
-        what = "no run below runs/, so the shipped demo.pt" if Path(path).name == "demo.pt" and not args.ckpt else path
-        print(f"{what}: {args.num} images, {args.steps} Euler steps, guidance {args.guidance:g}, shift {args.shift:g}",
-              flush=True)
+        shipped = Path(path).name == "demo.pt" and not args.ckpt
+        print("no run below runs/: using the shipped demo.pt" if shipped else f"using {path}")
+        print(f"{args.num} images, {args.steps} Euler steps, guidance {args.guidance:g}, shift {args.shift:g}", flush=True)
     mine = list(range(args.num))[svg.rank()::svg.world_size()]
     start = time.time()
     for j in range(0, len(mine), args.batch_size):
@@ -148,17 +163,18 @@ def generate(args, device):
             done = j + len(indices)
             rate = done / (time.time() - start)
             print(f"{done * svg.world_size()}/{args.num}  {rate * svg.world_size():.1f} images/s  "
-                  f"{time.strftime('%H:%M:%S', time.gmtime((len(mine) - done) / rate))} left", flush=True)
+                  f"{svg.duration((len(mine) - done) / rate)} left", flush=True)
     svg.barrier()
     if svg.rank() == 0:
         files = [out / f"{i:06d}.png" for i in range(args.num)]
         shown = np.stack([np.asarray(Image.open(f)) for f in files[:80]])
         labels = [label_of(i, numbers, args) for i in range(len(shown))]
         title = f"{path}: {args.steps} Euler steps, guidance {args.guidance:g}, seed {args.seed}"
-        svg.grid_image(shown, 10, [classes[c] if classes else c for c in labels], title).save(out.with_suffix(".png"))
+        names = [classes[c] if classes else c for c in labels]
+        svg.grid_image(shown, 10, names, title).save(beside(out, ".png"))
         if args.npz:
             write_npz(args.npz, files)
-        print(f"{out}/ and {out.with_suffix('.png')}" + (f" and {args.npz}" if args.npz else "")
+        print(f"{out}/ and {beside(out, '.png')}" + (f" and {args.npz}" if args.npz else "")
               + f" in {time.time() - start:.1f} s")
 
 
@@ -176,31 +192,49 @@ def write_npz(path, files):
 
 def reconstruct(args, device):
     """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG."""
-    path = args.ae or svg.latest_run("ae", demo=True if args.demo else None) or Path(__file__).parent / "demo.pt"
+    path = args.ae or svg.latest_run("ae", demo=True if args.demo else None) or DEMO_PT
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
-    files = svg.list_images(args.reconstruct)
-    if not files:
+    if args.align == "running" and ae.channels > ae.feature_channels and ae.alignment_batches == 0:
+        raise svg.UserError(f"{path} keeps no running alignment statistics, as the authors' does: give --align batch")
+    targets = {}
+    for file in svg.list_images(args.reconstruct):
+        target = os.path.splitext(os.path.relpath(file, args.reconstruct))[0] + ".png"
+        if target in targets:
+            raise svg.UserError(f"{targets[target]} and {file} would both become {target}: rename one")
+        targets[target] = file
+    if not targets:
         raise svg.UserError(f"--reconstruct {args.reconstruct}: no images there")
     out = Path(args.out or "reconstructions")
-    settings = {"autoencoder": ae.fingerprint, "reconstruct": os.path.abspath(args.reconstruct), "align": args.align}
-    claim_folder(out, settings, args.overwrite)
-    mine, first = files[svg.rank()::svg.world_size()], []
+    told = ("reconstruct", "align", "precision")
+    claim_folder(out, {"autoencoder": ae.fingerprint, **{k: getattr(args, k) for k in told}}, args.overwrite)
+    mine = list(targets.items())[svg.rank()::svg.world_size()]
     for j in range(0, len(mine), args.batch_size):
-        chunk = mine[j:j + args.batch_size]
-        originals = np.stack([svg.crop(svg.open_rgb(f), ae.image_size) for f in chunk])
+        originals, names = [], []
+        for target, file in mine[j:j + args.batch_size]:
+            try:
+                originals.append(svg.crop(svg.open_rgb(file), ae.image_size))
+                names.append(out / target)
+            except svg.UserError as e:
+                warnings.warn(f"{e}, left out")
+        if not originals:
+            continue
         with torch.no_grad(), svg.autocast(device, args.precision):
-            latents = ae.encode(svg.to_float(torch.from_numpy(originals), device), args.align)
+            latents = ae.encode(svg.to_float(torch.from_numpy(np.stack(originals)), device), args.align)
             images = svg.to_uint8(ae.decode(latents))
-        for file, image in zip(chunk, images, strict=True):
-            target = (out / os.path.relpath(file, args.reconstruct)).with_suffix(".png")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(target)
-        first = first or [originals[:10], images[:10]]
+        for name, image in zip(names, images, strict=True):
+            name.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(name)
     svg.barrier()
     if svg.rank() == 0:
+        shown = [t for t in targets if (out / t).exists()]
+        if not shown:
+            raise svg.UserError(f"--reconstruct {args.reconstruct}: no readable image there")
+        shown = [shown[i] for i in np.linspace(0, len(shown) - 1, min(10, len(shown))).astype(int)]
+        pairs = [svg.crop(svg.open_rgb(targets[t]), ae.image_size) for t in shown]
+        pairs += [np.asarray(Image.open(out / t)) for t in shown]
         title = f"{path}: originals above reconstructions"
-        svg.grid_image(np.concatenate(first), len(first[0]), title=title).save(out.with_suffix(".png"))
-        print(f"{len(files)} reconstructions by {path} in {out}/, overview in {out.with_suffix('.png')}")
+        svg.grid_image(np.stack(pairs), len(shown), title=title).save(beside(out, ".png"))
+        print(f"{len(targets)} images reconstructed by {path} in {out}/, overview in {beside(out, '.png')}")
 
 
 def main():

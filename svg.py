@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import sys
 import time
@@ -316,7 +317,7 @@ def encoder_from_weights(weights, path, name=None):
     """load_encoder for weights in memory; `path` is what messages and checkpoints call them."""
     if isinstance(weights.get("encoder"), dict):
         weights = weights["encoder"]
-    if "vit" in weights:  # ours: the architecture stands beside the tensors
+    if "vit" in weights and need(weights, ("name", "vit", "model"), path):  # ours: the architecture stands beside the tensors
         name, config, weights = weights["name"], weights["vit"], weights["model"]
     else:
         weights = to_official_names(weights)
@@ -536,7 +537,7 @@ class Autoencoder(nn.Module):
 
     def set_latent_stats(self, mean, std):
         """Replace the latents' per-channel mean and std [C], for instance by the authors' published ones."""
-        if mean.shape != self.latent_mean.shape:
+        if not mean.shape == std.shape == self.latent_mean.shape:
             raise UserError(f"latent statistics of {len(mean)} channels do not fit latents of {self.channels}")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
@@ -593,6 +594,7 @@ def load_autoencoder(path, encoder=None, weights_dir=None):
     part = checkpoint.get("autoencoder", checkpoint)
     if not isinstance(part, dict) or part.get("kind") != "autoencoder":
         raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, or the authors')")
+    need(part, ("config", "model", "fingerprint", "encoder_file"), path)
     recorded = part["encoder_file"]
     if encoder is None:
         if isinstance(checkpoint.get("encoder"), dict):
@@ -779,11 +781,14 @@ def load_sit(path, ema=True):
     checkpoint = load_checkpoint(path)
     checkpoint = checkpoint.get("sit", checkpoint)
     if checkpoint.get("kind") == "sit":
+        need(checkpoint, ("config", "ema" if ema else "model"), path)
         config, weights = checkpoint["config"], checkpoint["ema" if ema else "model"]
         told = ("autoencoder", "latent_mean", "latent_std", "classes", "step")
         meta = {k: v for k, v in checkpoint.items() if k in told}
     else:
         weights = checkpoint.get("ema" if ema else "model", checkpoint)
+        if not isinstance(weights, dict):
+            raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors')")
         weights = {k.replace("ln1.", "x_embedder.", 1).replace("embedding_table.", ""): v
                    for k, v in weights.items() if k != "pos_embed"}  # a constant
         try:
@@ -892,6 +897,18 @@ def brief(error):
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:90]
 
 
+def need(checkpoint, keys, path):
+    """True if a checkpoint has all of `keys`, else UserError."""
+    if missing := [k for k in keys if k not in checkpoint]:
+        raise UserError(f"{path}: a damaged checkpoint: no {', '.join(missing)} in it")
+    return True
+
+
+def duration(seconds):
+    """Seconds as h:mm:ss, with any number of hours."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
 def strict_load(module, weights, path, what):
     """Load every tensor or raise UserError that names what is missing, unexpected or of the wrong shape."""
     own = module.state_dict()
@@ -937,8 +954,9 @@ def load_checkpoint(path):
     except Exception as e:  # a damaged file fails in any of torch's, zipfile's and pickle's ways
         raise UserError(f"{path}: not a readable checkpoint ({brief(e)}): truncated, or another kind of file? "
                         f"copy or download it again") from e
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
+    kinds = {type(k) for k in checkpoint} if isinstance(checkpoint, dict) else {type(checkpoint)}
+    if kinds - {str}:
+        raise UserError(f"{path}: holds {min(k.__name__ for k in kinds - {str})}, not a dict of weights by name")
     return checkpoint
 
 
@@ -1006,11 +1024,9 @@ def fetch_weights(name, weights_dir=None):
     """
     path = Path(name) if os.path.sep in str(name) else find_weights(name, weights_dir)
     url, digest = DOWNLOADS.get(path.name, (None, None))
-    if path.exists() or not url:
-        if digest and rank() == 0 and not sha256(path).startswith(digest):
-            warnings.warn(f"{path} is not the published file of that name (its SHA-256 does not begin {digest})")
-        return path  # a loader will say it if it is missing
-    if rank() == 0:
+    if rank() == 0 and url and path.exists() and not sha256(path).startswith(digest):
+        warnings.warn(f"{path} is not the published file of that name (its SHA-256 does not begin {digest})")
+    if rank() == 0 and url and not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(f"{url}/{path.name}", str(path), digest, progress=sys.stderr.isatty())
@@ -1018,7 +1034,7 @@ def fetch_weights(name, weights_dir=None):
             raise UserError(f"{missing_weights(path)} (tried just now: {brief(e)}) and put it there, or name its "
                             f"folder by --weights or $SVG_WEIGHTS") from e
     barrier()
-    return path
+    return path  # a loader will say it if it is missing
 
 
 # -- Data: an ImageFolder tree, read in a reproducible endless order ---------------------------------------
@@ -1076,15 +1092,16 @@ class ImageFolder(torch.utils.data.Dataset):
     def __init__(self, root, size, random_crop=False, seed=0):
         if not os.path.isdir(root):
             raise UserError(f"--data {root}: no such folder")
-        self.size, self.random_crop, self.seed = size, random_crop, seed
+        self.root, self.size, self.random_crop, self.seed = root, size, random_crop, seed
         self.classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
         self.items = [(path, label) for label, name in enumerate(self.classes)
                       for path in list_images(os.path.join(root, name))]
         if not self.items:
-            flat = any(os.path.splitext(e.name)[1].lower() in IMAGE_SUFFIXES for e in os.scandir(root))
+            flat = any(os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES for f in os.listdir(root))
             raise UserError(f"--data {root}: " + (
                 "images, but no class folders; sort them into one folder per class" if flat else
                 "no images in class folders (root/class/image.jpg)"))
+        self[0, 0]  # so that a folder of corrupt images is refused here, not by a worker's stack trace
 
     def __len__(self):
         return len(self.items)
@@ -1101,7 +1118,7 @@ class ImageFolder(torch.utils.data.Dataset):
                 return crop(open_rgb(path), self.size, rng), label, -1 if i == index else index
             except UserError:
                 continue
-        raise UserError("no readable image in the whole dataset")
+        raise UserError(f"--data {self.root}: no readable image in it")
 
 
 class Stream:
@@ -1130,8 +1147,6 @@ def loader(dataset, batch, seed, start, workers, device):
     """This rank's batches of the endless stream from global batch `start` on: uint8 [b, H, W, 3], labels,
     corrupt.
     """
-    if batch % world_size():
-        raise UserError(f"--batch {batch} does not divide by the {world_size()} processes")
     return iter(torch.utils.data.DataLoader(
         dataset, batch_sampler=Stream(len(dataset), batch, seed, start), num_workers=workers,
         pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
@@ -1210,7 +1225,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; --demo swaps in the demo's defaults."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=HelpFormatter)
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False)
         self.demo = {}
 
     def error(self, message):
@@ -1230,25 +1245,34 @@ def add_training_flags(parser, batch, lr, steps):
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add("--name", help="folder of the run below runs/ (default: the stage)")
     add("--batch", type=positive, default=batch, help="images per step, over all processes")
-    add("--lr", type=above_zero, default=lr, help="learning rate, constant")
+    add("--lr", type=number(above=0), default=lr, help="learning rate, constant")
     add("--steps", type=positive, default=steps, help="training steps in all")
-    add("--seed", type=int, default=0, help="of weights, order, crops and noise")
+    add("--seed", type=not_negative, default=0, help="of weights, order, crops and noise")
     add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the models' arithmetic; weights, losses and statistics are fp32")
-    add("--workers", type=int, default=8, help="data loading processes per training process")
+    add("--workers", type=not_negative, default=8, help="data loading processes per training process")
     add("--log-every", type=positive, default=100, help="steps between progress lines")
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--preview-every", type=positive, default=5000, help="steps between preview grids")
 
 
-def above_zero(text):
-    """argparse type: a number above 0."""
-    try:
-        if float(text) > 0:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+def number(low=0.0, high=math.inf, above=-math.inf):
+    """An argparse type: a finite number from low to high, and above `above`."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (max(low, above) <= value <= high and value > above and math.isfinite(value)):
+            limits = f"above {above:g}" if math.isfinite(above) else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number {limits}")
+        return value
+    return parse
+
+
+def not_negative(text):
+    """argparse type: an integer of at least 0."""
+    return 0 if text == "0" else positive(text)
 
 
 def positive(text):
@@ -1275,7 +1299,18 @@ def run_main(main):
 
 # -- Runs: runs/<name>/ with config.json, log.jsonl, last.pt, numbered checkpoints, previews, loss curve ---
 
-FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "name", "weights", "data", "ae"}
+# What may change when a run goes on: its length, its output, and where files lie that fingerprints vouch for.
+FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "name", "weights", "data", "ae",
+              "encoder"}
+
+
+def read_json(path):
+    """A JSON object of ours; {} where there is none or something else."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 class Run:
@@ -1284,11 +1319,13 @@ class Run:
     def __init__(self, stage, args, extra):
         self.path = Path("runs") / (args.name or (f"demo-{stage}" if args.demo else stage))
         self.stage, self.args, self.bad = stage, args, set()
+        if args.batch % world_size():
+            raise UserError(f"--batch {args.batch} does not divide by the {world_size()} processes")
         config = {"stage": stage, **vars(args), **extra}
         old = self.path / "config.json"
         self.last = self.path / "last.pt"
         if old.exists() and self.last.exists():
-            before = json.loads(old.read_text())
+            before = read_json(old)
             differ = [f"--{k.replace('_', '-')} {config.get(k)} (was {before.get(k)})" for k in config
                       if k not in FREE_FLAGS and config[k] != before.get(k)]
             if differ:
@@ -1299,13 +1336,17 @@ class Run:
         barrier()
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            old.write_text(json.dumps(config, indent=1, default=str))
+            new = self.path / ".config.json.tmp"
+            new.write_text(json.dumps(config, indent=1, default=str))
+            new.replace(old)
 
     def resume(self):
         """The last checkpoint, or None; log entries after it are dropped, so that the log has each step
         once.
         """
         if not self.last.exists():
+            if rank() == 0:
+                (self.path / "log.jsonl").unlink(missing_ok=True)
             return None
         checkpoint = load_checkpoint(self.last)
         log = self.path / "log.jsonl"
@@ -1333,7 +1374,7 @@ class Run:
         if rank() == 0:
             text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
             print(f"step {step}/{self.args.steps}  {text}  {images_per_second:.1f} images/s  "
-                  f"{time.strftime('%H:%M:%S', time.gmtime(left))} left", flush=True)
+                  f"{duration(left)} left", flush=True)
             entry = {"step": step, **values, "images_per_second": round(images_per_second, 2),
                      "seconds": round(time.time() - start, 1), "corrupt": len(self.bad)}
             with open(self.path / "log.jsonl", "a") as f:
@@ -1350,7 +1391,10 @@ class Run:
             save_checkpoint(self.last, checkpoint)
             numbered = self.path / f"{checkpoint['step']:07d}.pt"
             numbered.unlink(missing_ok=True)
-            os.link(self.last, numbered)
+            try:
+                os.link(self.last, numbered)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(self.last, numbered)
             plot_log(self.path / "log.jsonl", self.path / "loss.png", f"{self.path}: loss by step")
         barrier()
 
@@ -1361,8 +1405,8 @@ def latest_run(stage, demo=None):
     """
     found = []
     for config in Path("runs").glob("*/config.json"):
-        settings, last = json.loads(config.read_text()), config.parent / "last.pt"
-        if settings["stage"] == stage and demo in (None, settings["demo"]) and last.exists():
+        settings, last = read_json(config), config.parent / "last.pt"
+        if settings.get("stage") == stage and demo in (None, settings["demo"]) and last.exists():
             found.append(last)
     return max(found, key=lambda p: p.stat().st_mtime, default=None)
 
@@ -1400,7 +1444,7 @@ def plot_log(log, path, title, size=(720, 400)):
     sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     draw.text((left, 6), title, fill="black", font=ImageFont.load_default(14))
-    values = [r[n] for n in names for r in rows if math.isfinite(r.get(n, math.nan))]
+    values = [r[n] for n in names for r in rows if math.isfinite(r.get(n, math.nan))] or [0.0]
     low, high = min(values), max(values)
     steps = [r["step"] for r in rows]
 

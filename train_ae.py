@@ -1,11 +1,11 @@
 """Stage 1: train the residual encoder and the decoder around a frozen encoder.
 
-    torchrun --nproc_per_node=8 train_ae.py --data imagenet/train      # the paper's recipe: 8 x 64 images, 100K steps
+    torchrun --nproc_per_node=8 train_ae.py --data imagenet/train      # the paper's recipe: batch 512, 100K steps
     python train_ae.py --demo                                          # tiny sizes on built-in data, two CPU cores
 
-Loss (the authors' code): sum over pixels of |x - y| + LPIPS(x, y), plus an adaptively weighted PatchGAN hinge loss from
-step --disc-start on. Writes runs/<name>/: config.json, log.jsonl, loss.png, last.pt, numbered checkpoints, previews
-(originals above reconstructions). The same command goes on from last.pt.
+Loss (the authors' code): sum over pixels of |x - y| + LPIPS(x, y), plus an adaptively weighted PatchGAN hinge
+loss from step --disc-start on. Writes runs/<name>/: config.json, log.jsonl, loss.png, last.pt, numbered
+checkpoints, previews (originals above reconstructions). The same command goes on from last.pt.
 """
 import copy
 import time
@@ -44,10 +44,12 @@ class LPIPS(nn.Module):
             self.taps.append(len(layers) - 1)
         self.features = nn.Sequential(*layers)
         weights = svg.load_checkpoint(vgg)
-        svg.strict_load(self, {k: v for k, v in weights.items() if not k.startswith("classifier.")}, vgg, "VGG16")
+        weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
+        svg.strict_load(self, weights, vgg, "VGG16")
         heads = svg.load_npz(Path(__file__).parent / "assets" / "lpips_vgg_heads.npz")
         for i in range(5):
-            self.register_buffer(f"head{i}", torch.from_numpy(heads[f"lin{i}"]).view(1, -1, 1, 1), persistent=False)
+            head = torch.from_numpy(heads[f"lin{i}"]).view(1, -1, 1, 1)
+            self.register_buffer(f"head{i}", head, persistent=False)
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
@@ -122,26 +124,28 @@ def parse_args():
                    help="frozen encoder: a file in the weights folder, or a path")
     p.add_argument("--image-size", type=svg.positive, default=256, help="pixels per side")
     p.add_argument("--grid", type=svg.positive, default=16, help="latent tokens per side")
-    p.add_argument("--residual-channels", type=int, default=8, help="latent channels of the residual encoder")
+    p.add_argument("--residual-channels", type=svg.not_negative, default=8, help="latent channels of the residual encoder")
     p.add_argument("--residual-dim", type=svg.positive, default=384, help="width of the residual encoder")
     p.add_argument("--residual-depth", type=svg.positive, default=6, help="layers of the residual encoder")
-    p.add_argument("--decoder-channels", type=svg.positive, default=128, help="width of the decoder's last level")
-    p.add_argument("--decoder-mult", help="its widths by level from full resolution down (default: by the ratio, 1,1,2,2,4)")
-    p.add_argument("--lpips", type=float, default=1.0, help="weight of LPIPS; 0: without, and without VGG16's weights")
-    p.add_argument("--gan", type=float, default=0.5, help="weight of the adaptively weighted GAN loss; 0: without")
+    p.add_argument("--decoder-channels", type=svg.positive, default=128, help="decoder's width at full resolution")
+    p.add_argument("--decoder-mult", help="factors of it by level, full resolution first (default: 1,1,2,2,4)")
+    p.add_argument("--lpips", type=svg.number(), default=1.0, help="weight of LPIPS; 0: off, VGG16 is not needed")
+    p.add_argument("--gan", type=svg.number(), default=0.5, help="weight of the adaptively weighted GAN loss; 0: off")
     p.add_argument("--disc-start", type=svg.positive, default=2501, help="first step of the GAN loss")
-    p.add_argument("--stats-images", type=svg.positive, default=10_000, help="images for the latent mean and std")
+    p.add_argument("--stats-images", type=svg.positive, default=10_000, help="images for latent mean and std")
     return p.parse_args()
 
 
 def decoder_size(args):
     """--decoder-channels and --decoder-mult as arguments of svg.Decoder."""
+    if args.decoder_channels % 32:
+        raise svg.UserError(f"--decoder-channels {args.decoder_channels}: GroupNorm takes multiples of 32")
     if not args.decoder_mult:
         return {"ch": args.decoder_channels}
     mult = args.decoder_mult.split(",")
     if not all(m.isdigit() and int(m) for m in mult) or 2 ** (len(mult) - 1) * args.grid != args.image_size:
-        raise svg.UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each of the levels between "
-                            f"--image-size {args.image_size} and --grid {args.grid}")
+        raise svg.UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each level from --image-size "
+                            f"{args.image_size} to --grid {args.grid}")
     return {"ch": args.decoder_channels, "ch_mult": [int(m) for m in mult]}
 
 
@@ -150,12 +154,15 @@ def main():
     device = svg.setup()
     torch.manual_seed(args.seed)  # every rank starts from the same weights
     encoder = svg.load_encoder(svg.fetch_weights(args.encoder, args.weights))
-    model = svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid,
-                            residual={"dim": args.residual_dim, "depth": args.residual_depth,
-                                      "heads": max(1, args.residual_dim // 48)},
+    heads = max(1, args.residual_dim // 48)
+    if args.residual_dim % heads:
+        raise svg.UserError(f"--residual-dim {args.residual_dim}: give a multiple of 48, or less than 96")
+    residual = {"dim": args.residual_dim, "depth": args.residual_depth, "heads": heads}
+    model = svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid, residual=residual,
                             decoder=decoder_size(args))
     lpips = LPIPS(svg.fetch_weights("vgg16-397923af.pth", args.weights)).to(device) if args.lpips else None
-    data = demo.dataset("train") if args.demo else svg.ImageFolder(args.data, args.image_size, True, args.seed)
+    data = (demo.dataset("train") if args.demo else
+            svg.ImageFolder(args.data, args.image_size, random_crop=True, seed=args.seed))
     run = svg.Run("ae", args, {"encoder_fingerprint": encoder.fingerprint})
 
     model = model.to(device).train()
@@ -176,7 +183,8 @@ def main():
 
     plain = copy.copy(data)
     plain.random_crop = False
-    preview = svg.to_float(torch.from_numpy(np.stack([plain[i, 0][0] for i in range(min(10, len(plain)))])), device)
+    preview = np.stack([plain[i, 0][0] for i in np.linspace(0, len(plain) - 1, 10).astype(int).tolist()])
+    preview = svg.to_float(torch.from_numpy(preview), device)
     batches = svg.loader(data, args.batch, args.seed, step, args.workers, device)
     start = since = time.time()
     sums, count = 0, 0
@@ -204,7 +212,8 @@ def main():
         d_loss = torch.zeros_like(l1)
         if adversarial:
             with svg.autocast(device, args.precision):
-                d_loss = hinge_loss(discriminate(images).float(), discriminate(reconstruction.detach()).float())
+                real, fake = discriminate(images).float(), discriminate(reconstruction.detach()).float()
+                d_loss = hinge_loss(real, fake)
             opt_disc.zero_grad(set_to_none=True)
             d_loss.backward()
             opt_disc.step()
