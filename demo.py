@@ -28,10 +28,11 @@ VIT = {"patch": SIZE // GRID, "dim": 64, "depth": 4, "heads": 1, "registers": 4,
 
 # What --demo changes in each script: sizes, schedule and losses that need no download.
 TRAIN_AE = {"encoder": str(ENCODER), "image_size": SIZE, "grid": GRID, "decoder_channels": 32,
-            "decoder_mult": "1,1,2,2", "residual_dim": 64, "residual_depth": 2, "lpips": 0.0, "gan": 0.0, "batch": 64, "lr": 5e-4, "steps": 800,
-            "log_every": 50, "save_every": 400, "preview_every": 400, "stats_images": 2048, "workers": 0}
-TRAIN_DIT = {"model": "6,160,4", "batch": 128, "lr": 1e-3, "steps": 800, "ema_decay": 0.995, "log_every": 50,
-             "save_every": 400, "preview_every": 400, "workers": 0}
+            "decoder_mult": "1,1,2,2", "residual_dim": 64, "residual_depth": 2, "lpips": 0.0, "gan": 0.0,
+            "batch": 64, "lr": 8e-4, "steps": 700, "log_every": 50, "save_every": 350, "preview_every": 350,
+            "stats_images": 2048, "workers": 0}
+TRAIN_DIT = {"model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 3000, "ema_decay": 0.99, "log_every": 100,
+             "save_every": 1000, "preview_every": 1000, "workers": 0}
 
 # -- The dataset -------------------------------------------------------------------------------------------
 

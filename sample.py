@@ -1,7 +1,7 @@
 """Every picture: class-conditional samples of a trained model, and reconstructions of real images.
 
     python sample.py --steps 5                           # the last run, or the shipped demo.pt if there is none
-    python sample.py --num 50000 --npz samples.npz       # for FID; under torchrun on several GPUs
+    python sample.py --num 50000 --npz samples.npz       # for FID; on GPUs: torchrun --nproc_per_node=8 -- sample.py ...
     python sample.py --classes 207 360 --guidance 4.0
     python sample.py --reconstruct val/ --out reconstructions
 

@@ -1341,9 +1341,7 @@ class Run:
             new.replace(old)
 
     def resume(self):
-        """The last checkpoint, or None; log entries after it are dropped, so that the log has each step
-        once.
-        """
+        """The last checkpoint, or None; log entries after it are dropped: the log has each step once."""
         if not self.last.exists():
             if rank() == 0:
                 (self.path / "log.jsonl").unlink(missing_ok=True)
@@ -1432,9 +1430,7 @@ def grid_image(images, columns, labels=None, title="", tile=None):
 
 
 def plot_log(log, path, title, size=(720, 400)):
-    """Draw every *loss of log.jsonl against the step, each on its own scale, with axis values: a PNG at
-    `path`.
-    """
+    """Draw every *loss of log.jsonl against the step, on one labelled scale: a PNG at `path`."""
     rows = [json.loads(line) for line in Path(log).read_text().splitlines()] if os.path.exists(log) else []
     names = [k for k in (rows[-1] if rows else {}) if k.endswith("loss")]
     if len(rows) < 2:
