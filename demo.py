@@ -29,10 +29,10 @@ VIT = {"patch": SIZE // GRID, "dim": 64, "depth": 4, "heads": 1, "registers": 4,
 # What --demo changes in each script: sizes, schedule and losses that need no download.
 TRAIN_AE = {"encoder": str(ENCODER), "image_size": SIZE, "grid": GRID, "decoder_channels": 32,
             "decoder_mult": "1,1,2,2", "residual_dim": 64, "residual_depth": 2, "lpips": 0.0, "gan": 0.0,
-            "batch": 64, "lr": 8e-4, "steps": 700, "log_every": 50, "save_every": 350, "preview_every": 350,
+            "batch": 64, "lr": 8e-4, "steps": 600, "log_every": 50, "save_every": 300, "preview_every": 300,
             "stats_images": 2048, "workers": 0}
-TRAIN_DIT = {"model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 3000, "ema_decay": 0.99, "log_every": 100,
-             "save_every": 1000, "preview_every": 1000, "workers": 0}
+TRAIN_DIT = {"model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 2700, "ema_decay": 0.99, "log_every": 100,
+             "save_every": 900, "preview_every": 900, "workers": 0}
 
 # -- The dataset -------------------------------------------------------------------------------------------
 
@@ -50,8 +50,8 @@ def _heart():
 
 OUTLINES = {  # polygons in [-1, 1], y downwards
     "arrow": np.array([(0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.8, -0.1)]),
-    "cross": np.array([(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33), (.33, 1),
-                       (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)]),
+    "cross": np.array([(-.27, -1), (.27, -1), (.27, -.27), (1, -.27), (1, .27), (.27, .27), (.27, 1),
+                       (-.27, 1), (-.27, .27), (-1, .27), (-1, -.27), (-.27, -.27)]),
     "disc": _polar([1] * 48),
     "heart": _heart(),
     "hourglass": np.array([(-.8, -1), (.8, -1), (.12, 0), (.8, 1), (-.8, 1), (-.12, 0)]),
@@ -93,9 +93,9 @@ def _texture(rng, n, hue, value):
 def draw(label, rng, size=SIZE):
     """One picture of class `label`: uint8 [size, size, 3] and its outline mask, float [size, size]."""
     n = 4 * size  # drawn large and averaged down: smooth edges
-    radius = rng.uniform(0.24, 0.42) * n
+    radius = rng.uniform(0.30, 0.44) * n
     centre = n / 2 + rng.uniform(-1, 1, 2) * (0.5 * n - radius) * 0.8
-    angle = rng.uniform(-0.6, 0.6)
+    angle = rng.uniform(-0.3, 0.3)
     turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
     mask = Image.new("L", (n, n))
     pen = ImageDraw.Draw(mask)
@@ -154,7 +154,7 @@ def _batches(seed, steps, batch, count=20000):
         yield svg.to_float(pictures[i], "cpu"), i % len(CLASSES), masks[i]
 
 
-def train_encoder(path, steps=6000, batch=64, seed=0):
+def train_encoder(path, steps=5000, batch=64, seed=0):
     """Train the tiny ViT on drawn pictures: every patch token (and CLS) learns to tell the class, the coarse outline
     of the whole figure and the two mean colours, and each patch token its own outline: meaning, and where it is.
     """

@@ -1263,7 +1263,7 @@ def number(low=0.0, high=math.inf, above=-math.inf):
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (max(low, above) <= value <= high and value > above and math.isfinite(value)):
+        if not (low <= value <= high and value > above and math.isfinite(value)):
             limits = f"above {above:g}" if math.isfinite(above) else f"from {low:g} to {high:g}"
             raise argparse.ArgumentTypeError(f"'{text}' is not a number {limits}")
         return value
@@ -1326,8 +1326,8 @@ class Run:
         self.last = self.path / "last.pt"
         if old.exists() and self.last.exists():
             before = read_json(old)
-            differ = [f"--{k.replace('_', '-')} {config.get(k)} (was {before.get(k)})" for k in config
-                      if k not in FREE_FLAGS and config[k] != before.get(k)]
+            differ = [f"{'--' * (k not in extra)}{k.replace('_', '-')} {config[k]} (was {before.get(k)})"
+                      for k in config if k not in FREE_FLAGS and config[k] != before.get(k)]
             if differ:
                 raise UserError(f"{self.path} holds a different run: {'; '.join(differ)}; give the same flags to "
                                 f"go on with it, or another --name")

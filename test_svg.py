@@ -758,6 +758,10 @@ class BadInput(Case):
         Path("half.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:200])
         torch.save([1, 2], "list.pt")
         torch.save({1: torch.zeros(2)}, "int.pt")
+        for kind in ("sit", "autoencoder"):
+            torch.save({"kind": kind}, f"{kind}.pt")
+        os.makedirs("runs/foreign")  # and a folder below runs/ that is none of ours
+        Path("runs/foreign/config.json").write_text("[not json")
         torch.save({"ema": 0.999}, "ema.pt")
         torch.save({"fc.weight": torch.zeros(2, 2)}, "mlp.pth")
         wrong = {"cls_token": [1, 1, 384], "patch_embed.proj.weight": [384, 3, 14, 14],
@@ -785,9 +789,9 @@ class BadInput(Case):
                             ("mlp.pth", ["cls_token", "fc.weight"]),
                             ("wrong.pth", ["missing", "unexpected extra", "[7] instead of [384]"])):
             self.refused(f"train_ae --data good --encoder {self.folder}/{file}", file, *words)
-        for file in ("text.pt", "half.pt", "zero.pt", "list.pt", "int.pt", "ema.pt", "mlp.pth", "nowhere.pt"):
+        for file in ("text.pt", "half.pt", "zero.pt", "list.pt", "int.pt", "ema.pt", "mlp.pth", "nowhere.pt", "sit.pt"):
             self.refused(f"sample --ckpt {file}", file)
-        for file in ("text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt"):
+        for file in ("text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt"):
             self.refused(f"train_dit --demo --name new --ae {file}", file)
         for file in ("text.npz", "zero.npz", "mlp.pth"):
             self.refused(f"sample --latent-stats {file}", file)
@@ -811,7 +815,7 @@ class BadInput(Case):
     def test_flags_out_of_range(self):
         for command, words in (
                 ("sample --steps 0", ["--steps", "'0'"]), (MINI_AE + " --steps 0", ["--steps"]),
-                (MINI_DIT + " --steps -3", ["--steps"]), ("sample --guidance -1", ["--guidance -1"]),
+                (MINI_DIT + " --steps -3", ["--steps"]), ("sample --guidance -1", ["--guidance", "'-1'"]),
                 ("sample --num 0", ["--num"]), ("sample --shift 0", ["--shift"]),
                 ("sample --seed -1", ["--seed"]), (MINI_DIT + " --seed -1 --name new", ["--seed"]),
                 ("sample --nonsense", ["--nonsense"]), ("fid good --batch 0", ["--batch"]),
@@ -819,8 +823,17 @@ class BadInput(Case):
                 ("sample --classes unicorn", ["--classes unicorn"]),
                 (MINI_DIT + " --model 2,30,4", ["--model 2,30,4"]), (MINI_DIT + " --model S", ["--model S"]),
                 (MINI_AE + " --image-size 48 --name new", ["--image-size 48"]),
-                (MINI_AE + " --decoder-mult 1,1 --name new", ["--decoder-mult 1,1"])):
+                (MINI_AE + " --decoder-mult 1,1 --name new", ["--decoder-mult 1,1"]),
+                (MINI_AE + " --decoder-channels 100 --name new", ["--decoder-channels 100", "32"]),
+                (MINI_AE + " --residual-dim 145 --name new", ["--residual-dim 145", "48"]),
+                ("sample --dem", ["--dem"])):
             self.refused(command, *words)
+        for command, flag in (("sample --guidance", "nan"), ("sample --shift", "inf"),
+                              (MINI_AE + " --name new --gan", "-1"), (MINI_AE + " --name new --workers", "-1"),
+                              (MINI_AE + " --name new --residual-channels", "-1"),
+                              (MINI_DIT + " --name new --label-dropout", "2"),
+                              (MINI_DIT + " --name new --ema-decay", "5")):
+            self.refused(f"{command} {flag}", command.split()[-1], f"'{flag}'")
         with mock.patch("svg.world_size", lambda: 3):
             self.refused(MINI_AE + " --name new", "--batch 8", "3 processes")
             self.refused(MINI_DIT + " --name new", "--batch 8", "3 processes")
@@ -830,8 +843,8 @@ class BadInput(Case):
         self.refused("train_dit --data good", "train_ae.py", "--ae")  # only demo runs are there
         self.refused(MINI_AE + " --lr 0.1", "runs/demo-ae", "different run", "--lr 0.1 (was ", "--name")
         self.refused(MINI_DIT + " --name demo-ae", "runs/demo-ae", "different run")
-        self.refused("sample --steps 2 --out good", "good", "different run", "--out")
-        for flag in ("--out text.pt", "--npz nowhere/x.npz"):
+        self.refused("sample --steps 2 --out good --overwrite", "good", "not of this program", "--out")
+        for flag in ("--out text.pt", "--out .", "--npz nowhere/x.npz"):
             self.refused(f"sample --steps 2 {flag}", flag)
         ok("sample --steps 2 --num 3 --out mine")
         self.refused("sample --steps 3 --num 3 --out mine", "mine", "different run", "--overwrite")
