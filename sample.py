@@ -1,8 +1,8 @@
 """Every picture: class-conditional samples of a trained model, and reconstructions of real images.
 
     python sample.py --steps 5                           # the last run, or the shipped demo.pt if there is none
-    python sample.py --num 50000 --npz samples.npz       # for FID; on GPUs: torchrun --nproc_per_node=8 -- sample.py ...
-    python sample.py --classes 207 360 --guidance 4.0
+    python sample.py --classes 207 360 --seed 1
+    torchrun --nproc_per_node=8 -- sample.py --num 50000 --guidance 1.55 --npz samples.npz           # for FID
     python sample.py --reconstruct val/ --out reconstructions
 
 Writes samples/000000.png and so on, named by global index; samples.json beside them says what they are and
@@ -40,7 +40,7 @@ def parse_args():
     add("--labels", choices=("balanced", "random"), default="balanced", help="classes in turn, or drawn at random")
     add("--seed", type=svg.not_negative, default=0, help="of noise and random labels")
     add("--steps", type=svg.positive, default=25, help="Euler steps")
-    add("--guidance", type=svg.number(), default=1.55, help="guidance scale; 1: none (paper: 1.55 for FID, 4 for figures)")
+    add("--guidance", type=svg.number(), default=4.0, help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
     add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
         help="range of t that is guided")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")

@@ -484,10 +484,10 @@ class Autoencoder(nn.Module):
     def encode(self, images, align=None):
         """images [B, 3, H, W] -> latents [B, N, C], the encoder's features first, then the aligned residual.
 
-        align: "batch" uses this batch's statistics (over all ranks) and so makes a latent depend on its
-        neighbours, as the authors' code does in training and inference alike; "running" uses those gathered
-        in training. Default: batch while training, running in eval, so that encode(batch)[i] ==
-        encode(batch[i:i+1]).
+        align: "batch" uses this batch's statistics (over all ranks while training) and so makes a latent
+        depend on its neighbours, as the authors' code does in training and inference alike; "running" uses
+        those gathered in training. Default: batch while training, running in eval, so that
+        encode(batch)[i] == encode(batch[i:i+1]).
         """
         h, w = (n // self.ratio for n in images.shape[-2:])
         features = self.encoder(images, grid=(h, w))

@@ -27,7 +27,7 @@ def parse_args():
     p.add_argument("--label-dropout", type=svg.number(0, 1), default=0.1, help="share of images trained without class")
     p.add_argument("--ema-decay", type=svg.number(0, 1), default=0.9999, help="decay of the averaged weights per step")
     p.add_argument("--preview-steps", type=svg.positive, default=10, help="Euler steps of the preview samples")
-    p.add_argument("--preview-guidance", type=svg.number(), default=1.55, help="guidance of the preview samples")
+    p.add_argument("--preview-guidance", type=svg.number(), default=4.0, help="guidance of the preview samples")
     return p.parse_args()
 
 
