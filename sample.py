@@ -139,13 +139,13 @@ def generate(args, device):
     numbers = class_numbers(args.classes, classes, sit.num_classes)
     out = Path(args.out or "samples")
     told = ("num", "classes", "labels", "seed", "steps", "guidance", "zero_init", "shift", "precision")
-    settings = {"ckpt": str(path), "ae": str(ae_path), "step": sit.meta.get("step"),
+    settings = {"step": sit.meta.get("step"),
                 "weights": svg.fingerprint(sit.state_dict()), **{k: getattr(args, k) for k in told},
                 "guidance_interval": list(args.guidance_interval)}
     claim_folder(out, settings, args.overwrite)
+    shipped = Path(path) == DEMO_PT
     if svg.rank() == 0:
-        shipped = Path(path).name == "demo.pt" and not args.ckpt
-        print("no run below runs/: using the shipped demo.pt" if shipped else f"using {path}")
+        print("no run below runs/: using the shipped demo.pt" if shipped and not args.ckpt else f"using {path}")
         print(f"{args.num} images, {args.steps} Euler steps, guidance {args.guidance:g}, shift {args.shift:g}", flush=True)
     mine = list(range(args.num))[svg.rank()::svg.world_size()]
     start = time.time()
@@ -169,7 +169,7 @@ def generate(args, device):
         files = [out / f"{i:06d}.png" for i in range(args.num)]
         shown = np.stack([np.asarray(Image.open(f)) for f in files[:80]])
         labels = [label_of(i, numbers, args) for i in range(len(shown))]
-        title = f"{path}: {args.steps} Euler steps, guidance {args.guidance:g}, seed {args.seed}"
+        title = f"{'demo.pt' if shipped else path}: {args.steps} Euler steps, guidance {args.guidance:g}, seed {args.seed}"
         names = [classes[c] if classes else c for c in labels]
         svg.grid_image(shown, 10, names, title).save(beside(out, ".png"))
         if args.npz:
@@ -232,7 +232,7 @@ def reconstruct(args, device):
         shown = [shown[i] for i in np.linspace(0, len(shown) - 1, min(10, len(shown))).astype(int)]
         pairs = [svg.crop(svg.open_rgb(targets[t]), ae.image_size) for t in shown]
         pairs += [np.asarray(Image.open(out / t)) for t in shown]
-        title = f"{path}: originals above reconstructions"
+        title = f"{'demo.pt' if path == DEMO_PT else path}: originals above reconstructions"
         svg.grid_image(np.stack(pairs), len(shown), title=title).save(beside(out, ".png"))
         print(f"{len(targets)} images reconstructed by {path} in {out}/, overview in {beside(out, '.png')}")
 
