@@ -84,7 +84,7 @@ def find_models(args, device):
     elif not ae.measured:
         raise svg.UserError(f"neither {path} nor {ae_path} holds the latents' mean and std: name them by "
                             f"--latent-stats (the authors' dinov3_sp_stats.pt)")
-    return sit, ae, path, ae_path
+    return sit, ae, path
 
 
 def class_numbers(names, classes, num_classes):
@@ -134,13 +134,13 @@ def claim_folder(out, settings, overwrite):
 
 def generate(args, device):
     """Sample; returns nothing, leaves PNGs, an overview and, if asked for, an .npz."""
-    sit, ae, path, ae_path = find_models(args, device)
+    sit, ae, path = find_models(args, device)
     classes = sit.meta.get("classes", [])
     numbers = class_numbers(args.classes, classes, sit.num_classes)
     out = Path(args.out or "samples")
     told = ("num", "classes", "labels", "seed", "steps", "guidance", "zero_init", "shift", "precision")
     settings = {"step": sit.meta.get("step"),
-                "weights": svg.fingerprint(sit.state_dict()), **{k: getattr(args, k) for k in told},
+                "weights": svg.fingerprint(sit.state_dict()), "autoencoder": ae.fingerprint, **{k: getattr(args, k) for k in told},
                 "guidance_interval": list(args.guidance_interval)}
     claim_folder(out, settings, args.overwrite)
     shipped = Path(path) == DEMO_PT
