@@ -59,9 +59,7 @@ def parse_args():
 
 
 def find_models(args, device):
-    """The transformer and the autoencoder that belong together, the first's path, and the autoencoder's
-    path.
-    """
+    """The transformer and the autoencoder that belong together, and the first's path."""
     path = args.ckpt or svg.latest_run("dit", demo=True if args.demo else None) or DEMO_PT
     sit = svg.load_sit(path).to(device)
     trained_on = sit.meta.get("autoencoder", {})
@@ -139,8 +137,8 @@ def generate(args, device):
     numbers = class_numbers(args.classes, classes, sit.num_classes)
     out = Path(args.out or "samples")
     told = ("num", "classes", "labels", "seed", "steps", "guidance", "zero_init", "shift", "precision")
-    settings = {"step": sit.meta.get("step"),
-                "weights": svg.fingerprint(sit.state_dict()), "autoencoder": ae.fingerprint, **{k: getattr(args, k) for k in told},
+    settings = {"step": sit.meta.get("step"), "transformer": svg.fingerprint(sit.state_dict()),
+                "autoencoder": ae.fingerprint, **{k: getattr(args, k) for k in told},
                 "guidance_interval": list(args.guidance_interval)}
     claim_folder(out, settings, args.overwrite)
     shipped = Path(path) == DEMO_PT
