@@ -7,18 +7,23 @@ row-major order, N = grid*grid; t runs from 0 (noise) to 1 (data). `train_ae.py`
 and `fid.py` are the programs that use this file.
 """
 import argparse
+import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import struct
 import sys
 import time
 import warnings
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +32,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class UserError(Exception):
@@ -349,6 +357,14 @@ def _detect(weights, path):
     return fits[0]
 
 
+def fresh_encoder(file):
+    """An encoder of random weights, of the architecture that an official file's name begins with: for --bench."""
+    fits = [name for name in sorted(ENCODERS, key=len) if Path(file).name.startswith(name)]
+    if not fits:
+        raise UserError(f"--encoder {file}: --bench needs a name that begins with one of {', '.join(ENCODERS)}")
+    return Encoder(ViT(**ENCODERS[fits[-1]]), fits[-1], file)
+
+
 # -- Tokens -> latent -> image: residual encoder, alignment, decoder ---------------------------------------
 
 def group_norm(channels):
@@ -387,10 +403,18 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
+def run_block(block, *inputs, recompute=False):
+    """block(*inputs); recompute: keep only the inputs and compute the rest again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
+
+
 class Decoder(nn.Module):
     """The VQGAN/LDM decoder: [B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest
     resolution.
     """
+    recompute = False
 
     def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=3):
         super().__init__()
@@ -412,18 +436,22 @@ class Decoder(nn.Module):
             self.up.insert(0, up)
         self.norm_out, self.conv_out = group_norm(c), nn.Conv2d(c, 3, 3, padding=1)
 
-    def forward(self, z):
+    def features(self, z):
+        """All but the last layer, whose own gradient the adaptive GAN weight needs: [B, ch, H, W]."""
         h = self.conv_in(z)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
         for level in reversed(range(len(self.up))):
             up = self.up[level]
             for i, block in enumerate(up.block):
-                h = block(h)
+                h = run_block(block, h, recompute=self.recompute)
                 if len(up.attn):
                     h = up.attn[i](h)
             if level > 0:
                 h = up.upsample.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return F.silu(self.norm_out(h))
+
+    def forward(self, z):
+        return self.conv_out(self.features(z))
 
 
 def channel_statistics(x, synchronise=False):
@@ -480,14 +508,17 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
         self.fingerprint = None  # of the checkpoint it came from
+        self._aligned = False
+        self.to(memory_format=torch.channels_last)
 
-    def encode(self, images, align=None):
+    def encode(self, images, align=None, masked=None):
         """images [B, 3, H, W] -> latents [B, N, C], the encoder's features first, then the aligned residual.
 
         align: "batch" uses this batch's statistics (over all ranks while training) and so makes a latent
         depend on its neighbours, as the authors' code does in training and inference alike; "running" uses
         those gathered in training. Default: batch while training, running in eval, so that
-        encode(batch)[i] == encode(batch[i:i+1]).
+        encode(batch)[i] == encode(batch[i:i+1]). masked: bool [B], whose residual tokens the mask token replaces
+        while training (default: drawn at random).
         """
         h, w = (n // self.ratio for n in images.shape[-2:])
         features = self.encoder(images, grid=(h, w))
@@ -498,29 +529,31 @@ class Autoencoder(nn.Module):
         if align == "batch":
             statistics = torch.stack(channel_statistics(features, self.training)
                                      + channel_statistics(residual, self.training))
-            if self.training:
-                self.alignment.lerp_(statistics, (1 / (self.alignment_batches + 1)).clamp(min=0.01))
+            if self.training:  # a batch that is not finite is skipped, here as by the optimiser
+                finite = torch.where(statistics.isfinite().all(), statistics, self.alignment)
+                self.alignment.lerp_(finite, (1 / (self.alignment_batches + 1)).clamp(min=0.01))
                 self.alignment_batches += 1
-        elif self.alignment_batches == 0:
+        elif not self.aligned:
             raise UserError("this autoencoder has no running alignment statistics (the authors' checkpoint keeps "
                             "none): use --align batch, or Autoencoder.measure on some images first")
         else:
             statistics = self.alignment
         if self.training:
             # After the statistics, so that training and eval, which masks nothing, share one distribution.
-            masked = torch.rand(len(images), 1, 1, device=images.device) < self.mask_ratio
-            residual = torch.where(masked, self.mask_token, residual)
+            if masked is None:
+                masked = torch.rand(len(images), device=images.device) < self.mask_ratio
+            residual = torch.where(masked.view(-1, 1, 1), self.mask_token, residual)
         mean_f, std_f, mean_r, std_r = statistics
         return torch.cat([features, (residual - mean_r) / (std_r + 1e-6) * std_f + mean_f], -1)
 
     def decode(self, latents, grid=None):
         """latents [B, h*w, C] -> images [B, 3, H, W], nominally in [-1, 1]; grid: (h, w), default square."""
         h, w = grid or (math.isqrt(latents.shape[1]),) * 2
-        return self.decoder(latents.transpose(1, 2).reshape(len(latents), self.channels, h, w))
+        return self.decoder(latents.unflatten(1, (h, w)).permute(0, 3, 1, 2))  # channels-last, without a copy
 
-    def forward(self, images):
+    def forward(self, images, masked=None):
         """Reconstruction [B, 3, H, W] of images [B, 3, H, W]."""
-        return self.decode(self.encode(images), [n // self.ratio for n in images.shape[-2:]])
+        return self.decode(self.encode(images, masked=masked), [n // self.ratio for n in images.shape[-2:]])
 
     def normalize(self, latents):
         """Latents -> zero mean, unit variance per channel: what the transformer sees."""
@@ -529,6 +562,12 @@ class Autoencoder(nn.Module):
     def denormalize(self, latents):
         """The transformer's latents -> what `decode` takes."""
         return latents * self.latent_std + self.latent_mean
+
+    @property
+    def aligned(self):
+        """Whether running alignment statistics are known; asked of the device only until they are."""
+        self._aligned = self._aligned or bool(self.alignment_batches > 0)
+        return self._aligned
 
     @property
     def measured(self):
@@ -555,21 +594,21 @@ class Autoencoder(nn.Module):
         indices = indices[rank()::world_size()]
         chunks = [[(i, 0) for i in indices[j:j + batch].tolist()] for j in range(0, len(indices), batch)]
         images = torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)
-        if self.alignment_batches == 0 and self.config["residual_channels"]:
+        if not self.aligned and self.config["residual_channels"]:
             total = torch.zeros(5, dtype=torch.float64)
             for x, _, _ in images:
                 x = to_float(x, device)
                 features = self.encoder(x, grid=(self.grid, self.grid))
                 residual = self.residual_head(self.residual(imagenet_normalize(x))[:, 1:])
                 total += torch.tensor([*channel_statistics(features), *channel_statistics(residual), 1.0])
-            total = all_reduce(total, device)
+            total = all_reduce(total)
             self.alignment.copy_(total[:4] / total[4])
             self.alignment_batches.fill_(int(total[4]))
         sums = torch.zeros(2 * self.channels + 1, dtype=torch.float64)
         for x, _, _ in images:
             latents = self.encode(to_float(x, device)).flatten(0, 1).cpu().double()
             sums += torch.cat([latents.sum(0), latents.square().sum(0), torch.tensor([len(latents)])])
-        sums = all_reduce(sums, device)
+        sums = all_reduce(sums)
         mean, square = (sums[:-1] / sums[-1]).view(2, -1)
         self.set_latent_stats(mean, (square - mean.square()).clamp(min=1e-12).sqrt())
         self.train(training)
@@ -733,6 +772,7 @@ class SiT(nn.Module):
     model: "B", "L", "XL" or a dict of depth, dim, heads. grid: tokens per side. A fresh model answers exactly
     zero.
     """
+    recompute = False
 
     def __init__(self, model="XL", channels=392, num_classes=1000, grid=16):
         super().__init__()
@@ -767,7 +807,7 @@ class SiT(nn.Module):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
-            x = block(x, c)
+            x = run_block(block, x, c, recompute=self.recompute)
         return self.final_layer(x, c)
 
 
@@ -925,22 +965,28 @@ def strict_load(module, weights, path, what):
     module.load_state_dict(weights)
 
 
-def save_checkpoint(path, checkpoint):
-    """Write atomically: temporary file in the same folder, fsync, rename. A failure leaves the old file
-    and no new one.
+def write_atomically(path, write):
+    """write(file) into a temporary file of the same folder, fsync, rename. A failure leaves the old file and no new
+    one.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save(checkpoint, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        raise UserError(f"{path}: not written ({str(e).splitlines()[0]}); the previous one is intact") from e
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint atomically; UserError if the disk is full."""
+    try:
+        write_atomically(path, lambda f: torch.save(checkpoint, f))
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        raise UserError(f"{path}: not written ({str(e).splitlines()[0]}); the previous one is intact") from e
 
 
 def load_checkpoint(path):
@@ -1080,6 +1126,45 @@ def list_images(folder):
                   if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)
 
 
+def walk_tree(root):
+    """An ImageFolder tree as arrays: class names, path below the root and label of every image, and each folder's
+    time of last change.
+    """
+    classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
+    names, labels, folders = [], [], {".": os.stat(root).st_mtime_ns}
+    for label, name in enumerate(classes):
+        files = []
+        for where, _, inside in os.walk(os.path.join(root, name), followlinks=True):
+            folders[os.path.relpath(where, root)] = os.stat(where).st_mtime_ns
+            files += [os.path.join(where, f) for f in inside if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
+        names += [os.path.relpath(f, root) for f in sorted(files)]
+        labels += [label] * (len(names) - len(labels))
+    # Bytes, not a list of str: workers share one array, and copies of a list would grow with every epoch.
+    return {"classes": np.array(classes, str), "names": np.array([os.fsencode(n) for n in names], bytes),
+            "labels": np.array(labels, np.int64), "folders": np.array([os.fsencode(f) for f in folders], bytes),
+            "times": np.array(list(folders.values()), np.int64)}
+
+
+def index_tree(root):
+    """walk_tree, but from the cache ($XDG_CACHE_HOME/svg) while no folder of the tree has changed: a file that was
+    added, removed or renamed changes its folder's time.
+    """
+    root = os.path.realpath(root)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svg"
+    cache /= hashlib.sha256(os.fsencode(root)).hexdigest()[:32] + ".npz"
+    with contextlib.suppress(UserError, KeyError, OSError):
+        index = load_npz(cache)
+        times = [os.stat(os.path.join(root, os.fsdecode(f))).st_mtime_ns for f in index["folders"]]
+        if np.array_equal(times, index["times"]):
+            return index
+    index = walk_tree(root)
+    if index["times"].max() < time.time_ns() - 2e9:  # a younger folder could change again without showing it
+        with contextlib.suppress(OSError):  # no home, a full disk: there is just no cache
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cache, lambda f: np.savez(f, **index))
+    return index
+
+
 class ImageFolder(torch.utils.data.Dataset):
     """A tree root/class/image: item (index, position) -> (uint8 [size, size, 3], label, index of a corrupt
     file or -1).
@@ -1092,33 +1177,120 @@ class ImageFolder(torch.utils.data.Dataset):
     def __init__(self, root, size, random_crop=False, seed=0):
         if not os.path.isdir(root):
             raise UserError(f"--data {root}: no such folder")
-        self.root, self.size, self.random_crop, self.seed = root, size, random_crop, seed
-        self.classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
-        self.items = [(path, label) for label, name in enumerate(self.classes)
-                      for path in list_images(os.path.join(root, name))]
-        if not self.items:
+        self.root, self.size, self.random_crop, self.seed = str(root), size, random_crop, seed
+        if rank():  # the first process walks the tree, the others read its cache
+            barrier()
+        index = index_tree(root)
+        if not rank():
+            barrier()
+        self.classes, self.names, self.labels = index["classes"].tolist(), index["names"], index["labels"]
+        if not len(self.names):
             flat = any(os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES for f in os.listdir(root))
             raise UserError(f"--data {root}: " + (
                 "images, but no class folders; sort them into one folder per class" if flat else
-                "no images in class folders (root/class/image.jpg)"))
+                "no images in class folders (root/class/image.jpg), and not a packed set"))
         self[0, 0]  # so that a folder of corrupt images is refused here, not by a worker's stack trace
 
     def __len__(self):
-        return len(self.items)
+        return len(self.names)
 
     def name(self, index):
-        return self.items[index][0]
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
 
     def __getitem__(self, item):
         index, position = item
         rng = np.random.default_rng((self.seed, position)) if self.random_crop else None
-        for i in range(index, index + len(self.items)):
-            path, label = self.items[i % len(self.items)]
+        for i in range(index, index + len(self)):
+            i %= len(self)
             try:
-                return crop(open_rgb(path), self.size, rng), label, -1 if i == index else index
+                image = crop(open_rgb(self.name(i)), self.size, rng)
+                return image, int(self.labels[i]), -1 if i == index else index
             except UserError:
                 continue
         raise UserError(f"--data {self.root}: no readable image in it")
+
+
+class Packed(torch.utils.data.Dataset):
+    """A folder that `pack` wrote; items as ImageFolder's, with the centre crop in place of random ones."""
+
+    def __init__(self, root, size):
+        self.root = str(root)
+        try:
+            self.images = np.load(os.path.join(root, "images.npy"), mmap_mode="r")
+            self.labels = np.load(os.path.join(root, "labels.npy"))
+            self.classes = json.loads(Path(root, "classes.json").read_text())
+            fits = self.images.shape == (len(self.labels), *self.images.shape[1:2] * 2, 3)
+        except (OSError, ValueError) as e:
+            raise UserError(f"--data {root}: not a whole packed set ({brief(e)}); pack it again") from e
+        if not fits or self.images.dtype != np.uint8:
+            raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} with "
+                            f"{len(self.labels)} labels, not uint8 [N, size, size, 3]; pack it again")
+        if self.images.shape[1] != size:
+            raise UserError(f"--data {root}: packed at {self.images.shape[1]} pixels, needed at {size}: "
+                            f"pack it again with --size {size}")
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return f"{self.root} image {index}"
+
+    def __getitem__(self, item):
+        return np.array(self.images[item[0]]), int(self.labels[item[0]]), -1
+
+
+def open_data(root, size, random_crop=False, seed=0):
+    """The training images in `root`, a tree of class folders or a packed set."""
+    if os.path.exists(os.path.join(root, "images.npy")):
+        return Packed(root, size)
+    return ImageFolder(root, size, random_crop, seed)
+
+
+def pack(src, dst, size, workers=0):
+    """Decode and centre-crop the ImageFolder tree `src` once, into `dst`: images.npy (uint8 [N, size, size, 3]),
+    labels.npy, classes.json; returns the number of images and the names of the corrupt ones, which are left out.
+
+    A stopped run goes on where it was; `dst` appears when it is whole.
+    """
+    data, part = ImageFolder(src, size), Path(f"{dst}.part")
+    state = {"source": hashlib.sha256(b"\n".join([*data.names.tolist(), str(size).encode()])).hexdigest(),
+             "read": 0, "corrupt": []}
+    if os.path.exists(dst):
+        raise UserError(f"{dst} is already there: give another name, or remove it")
+    part.mkdir(parents=True, exist_ok=True)
+    before = read_json(part / "state.json")
+    if before.get("source") == state["source"]:
+        state = before
+    row, head = 3 * size * size, 128  # bytes of an image and of the header
+    chunks = [[(i, 0) for i in range(start, min(start + 64, len(data)))] for start in range(state["read"], len(data), 64)]
+    batches = torch.utils.data.DataLoader(data, batch_sampler=chunks, num_workers=(
+        workers), prefetch_factor=4 if workers else None)
+    start, shown, first = time.time(), 0.0, state["read"]
+    with open(part / "images.npy", "r+b" if state["read"] else "wb") as f:
+        f.truncate(head + (state["read"] - len(state["corrupt"])) * row)
+        f.seek(0, os.SEEK_END)
+        for n, (images, _, corrupt) in enumerate(batches, 1):
+            f.write(images[corrupt < 0].numpy().tobytes())
+            state["corrupt"] += corrupt[corrupt >= 0].tolist()
+            state["read"] += len(images)
+            if n % 64 == 0 or state["read"] == len(data):
+                f.flush()
+                os.fsync(f.fileno())
+                write_atomically(part / "state.json", lambda f: f.write(json.dumps(state).encode()))
+            if time.time() - shown > 10 or state["read"] == len(data):
+                shown, rate = time.time(), (state["read"] - first) / (time.time() - start)
+                print(f"{state['read']}/{len(data)}  {rate:.1f} images/s  "
+                      f"{duration((len(data) - state['read']) / rate)} left", flush=True)
+        good = np.delete(data.labels, state["corrupt"])
+        f.seek(0)
+        np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False,
+                                                 "shape": (len(good), size, size, 3)})
+        assert f.tell() == head
+    np.save(part / "labels.npy", good)
+    (part / "classes.json").write_text(json.dumps(data.classes))
+    part.rename(dst)
+    Path(dst, "state.json").unlink()
+    return len(good), [data.name(i) for i in state["corrupt"]]
 
 
 class Stream:
@@ -1174,37 +1346,46 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def all_reduce(x):
+    """Sum of a CPU tensor over all processes."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def barrier():
     """Wait for every process."""
-    if dist.is_initialized():
-        dist.barrier()
+    all_reduce(torch.zeros(1))
 
 
-def all_reduce(x, device="cpu"):
-    """Sum of a CPU tensor over all processes, on the CPU."""
-    if world_size() == 1:
-        return x
-    x = x.to(device)
-    dist.all_reduce(x)
-    return x.cpu()
-
-
-def setup():
+def setup(precision="fp32"):
     """Join torchrun's process group, if there is one, and return this process's device: CUDA, MPS or CPU."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    tf32 = precision == "tf32"  # cuDNN would take it unasked
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gloo beside NCCL: for what lies on the host
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
     if cuda:
         return torch.device("cuda", local)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def autocast(device, precision):
-    """The context in which models run: bf16 autocast, or nothing for fp32."""
+    """The context in which models run: bf16 autocast, or nothing for fp32 and tf32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compile_blocks(*models):
+    """torch.compile every transformer block: one graph for all equal blocks, and DDP can send the gradients of the
+    last ones while the first are being computed.
+    """
+    torch._dynamo.config.recompile_limit = 64  # a ViT and the other, training and eval, last batches
+    for model in models:
+        for block in model.blocks:
+            block.compile(dynamic=False)
 
 
 def seed_step(seed, step, rank=0):
@@ -1248,12 +1429,101 @@ def add_training_flags(parser, batch, lr, steps):
     add("--lr", type=number(above=0), default=lr, help="learning rate, constant")
     add("--steps", type=positive, default=steps, help="training steps in all")
     add("--seed", type=not_negative, default=0, help="of weights, order, crops and noise")
-    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
-        help="of the models' arithmetic; weights, losses and statistics are fp32")
+    add_speed_flags(parser)
+    add("--accumulate", type=positive, default=1, help="parts in which a process computes its batch, for less memory")
+    add("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, slower")
+    add("--clip", type=number(), default=0.0, help="largest gradient norm; 0: no clipping")
     add("--workers", type=not_negative, default=8, help="data loading processes per training process")
     add("--log-every", type=positive, default=100, help="steps between progress lines")
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--preview-every", type=positive, default=5000, help="steps between preview grids")
+    add("--keep", type=positive, default=2, help="how many of the newest numbered checkpoints stay")
+    add("--milestone-every", type=positive, default=50_000, help="steps between checkpoints that stay for good")
+
+
+def add_speed_flags(parser):
+    """The flags that training, sampling and scoring share."""
+    add, cuda = parser.add_argument, torch.cuda.is_available()
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="bf16" if cuda else "fp32",
+        help="of the models' arithmetic; weights, losses, statistics and the sampler's state are fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="use torch.compile")
+    add("--bench", type=positive, metavar="N", help="time N steps on synthetic data; no data, weights or run needed")
+
+
+def micro_batches(count, models, *tensors):
+    """`count` equal parts of the tensors; DDP exchanges gradients only in the last one's backward pass."""
+    parts = list(zip(*(t.chunk(count) for t in tensors), strict=True))
+    for i, part in enumerate(parts):
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                if i + 1 < len(parts) and hasattr(model, "no_sync"):
+                    stack.enter_context(model.no_sync())
+            yield part
+
+
+def optimizer_step(optimizer, clip=0.0):
+    """Clip the gradients and step; leave everything as it is where they are not finite. Returns their norm and
+    whether the step was skipped, on the device: nothing waits for it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    skipped = ~norm.isfinite()
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = skipped.float()  # what fused optimisers take from a GradScaler
+        optimizer.step()
+    elif not skipped:
+        optimizer.step()
+    return norm, skipped
+
+
+# Dense bf16 TFLOP/s by the makers' datasheets; half of it for tf32.
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
+
+
+def bench(args, device, make, **about):
+    """Time args.bench steps on synthetic data after a warm-up: a line to read, and one of JSON.
+
+    make(n) -> a function that runs one step on n images. FLOPs are those that PyTorch counts as executed for one
+    image, times the batch.
+    """
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
+        make(1)()
+    batch = args.batch // world_size()
+    step, marks, cuda = make(batch), [], device.type == "cuda"
+    for _ in range(3):
+        step()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    for i in range(args.bench + 1):
+        if i:
+            step()
+        if cuda:  # the host runs ahead; what counts is when the device was done
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        else:
+            marks.append(time.perf_counter())
+    if cuda:
+        torch.cuda.synchronize()
+        seconds = float(np.median([a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]))
+        memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    else:
+        seconds = float(np.median(np.diff(marks)))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+    tflops = count.get_total_flops() * batch / seconds / 1e12
+    peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    share = tflops / peak / {"bf16": 1, "tf32": 0.5}[args.precision] if peak and args.precision != "fp32" else None
+    result = {**about, "batch": args.batch, "precision": args.precision, "compile": args.compile,
+              "processes": world_size(), "device": name, "torch": torch.__version__, "steps": args.bench,
+              "step_seconds": round(seconds, 5), "images_per_second": round(args.batch / seconds, 2),
+              "tflops": round(tflops, 3), "peak_share": share and round(share, 3), "peak_gib": round(memory / 2**30, 2)}
+    if rank() == 0:
+        print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {args.batch} images (median of "
+              f"{args.bench}), {args.batch / seconds:.1f} images/s, {tflops:.2f} TFLOP/s per process"
+              + (f" ({share:.0%} of {name}'s peak)" if share else "") + f", {memory / 2**30:.2f} GiB")
+        print(json.dumps(result))
 
 
 def number(low=0.0, high=math.inf, above=-math.inf):
@@ -1290,6 +1560,11 @@ def run_main(main):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {e.filename or 'a file'}: {e.strerror}; make room, or give another place", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
@@ -1299,9 +1574,12 @@ def run_main(main):
 
 # -- Runs: runs/<name>/ with config.json, log.jsonl, last.pt, numbered checkpoints, previews, loss curve ---
 
-# What may change when a run goes on: its length, its output, and where files lie that fingerprints vouch for.
-FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "name", "weights", "data", "ae",
-              "encoder"}
+# What may change when a run goes on: its length, its output, its speed, and where files lie that fingerprints
+# vouch for.
+FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "keep", "milestone_every", "name",
+              "weights", "data", "ae", "encoder", "compile", "recompute"}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what clusters, people and SLURM send
+STREAK = 20  # steps in a row without a finite gradient after which training gives up
 
 
 def read_json(path):
@@ -1318,9 +1596,10 @@ class Run:
 
     def __init__(self, stage, args, extra):
         self.path = Path("runs") / (args.name or (f"demo-{stage}" if args.demo else stage))
-        self.stage, self.args, self.bad = stage, args, set()
-        if args.batch % world_size():
-            raise UserError(f"--batch {args.batch} does not divide by the {world_size()} processes")
+        self.stage, self.args, self.bad, self.signal = stage, args, set(), 0
+        if args.batch % (world_size() * args.accumulate):
+            raise UserError(f"--batch {args.batch} does not divide by the {world_size()} processes"
+                            + f" times --accumulate {args.accumulate}" * (args.accumulate > 1))
         config = {"stage": stage, **vars(args), **extra}
         old = self.path / "config.json"
         self.last = self.path / "last.pt"
@@ -1336,25 +1615,38 @@ class Run:
         barrier()
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
-            new = self.path / ".config.json.tmp"
-            new.write_text(json.dumps(config, indent=1, default=str))
-            new.replace(old)
+            for left in self.path.glob(".*.tmp"):  # of a process that was killed while it saved
+                left.unlink()
+            write_atomically(old, lambda f: f.write(json.dumps(config, indent=1, default=str).encode()))
 
     def resume(self):
-        """The last checkpoint, or None; log entries after it are dropped: the log has each step once."""
-        if not self.last.exists():
-            if rank() == 0:
-                (self.path / "log.jsonl").unlink(missing_ok=True)
-            return None
-        checkpoint = load_checkpoint(self.last)
+        """The last checkpoint, or None; log entries after it are dropped: the log has each step once.
+
+        From here on STOP_SIGNALS end the run after a step and a save.
+        """
+        checkpoint = load_checkpoint(self.last) if self.last.exists() else None
+        step = checkpoint["step"] if checkpoint else 0
+        if all_reduce(torch.tensor([step, step ** 2])).tolist() != [world_size() * step, world_size() * step ** 2]:
+            raise UserError(f"{self.last} is not the same for every process: runs/ must lie on a shared disk")
         log = self.path / "log.jsonl"
         if rank() == 0 and log.exists():
-            kept = [line for line in log.read_text().splitlines()
-                    if json.loads(line)["step"] <= checkpoint["step"]]
-            log.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_atomically(log, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
         barrier()
-        self.say(f"going on with {self.path} at step {checkpoint['step']}")
+        if checkpoint:
+            self.say(f"going on with {self.path} at step {step}")
+        for number in STOP_SIGNALS:
+            signal.signal(number, self.on_signal)
+        self.start = self.since = time.time()
+        self.sums, self.count, self.streak = 0, 0, 0
         return checkpoint
+
+    def on_signal(self, number, _):
+        self.signal = number
+
+    def stopped(self):
+        """Whether any process was sent one of STOP_SIGNALS; every process gets the same answer."""
+        return bool(all_reduce(torch.tensor(self.signal)))
 
     def say(self, text):
         if rank() == 0:
@@ -1366,17 +1658,35 @@ class Run:
             self.bad.add(i)
             warnings.warn(f"{dataset.name(i)}: not a readable image, skipped ({len(self.bad)} so far)")
 
-    def log(self, step, start, values, images_per_second):
-        """One progress line, one line of log.jsonl."""
-        left = (self.args.steps - step) * self.args.batch / images_per_second
+    def record(self, step, values, grad_norm, skipped):
+        """Add a step's values (scalars on the device, which is not waited for); every --log-every steps a progress
+        line and a line of log.jsonl with their means over the steps that were not skipped.
+
+        Raises UserError when STREAK steps in a row had no finite gradient.
+        """
+        new = torch.stack([*values.values(), grad_norm]).detach()
+        self.sums = self.sums + torch.cat([torch.where(skipped, 0, new), skipped[None].float()])
+        self.streak, self.count = (self.streak + 1) * skipped, self.count + 1
+        if step % self.args.log_every and step != self.args.steps:
+            return
+        *means, skipped = (all_reduce(self.sums.cpu()) / world_size()).tolist()
+        seconds, count = time.time() - self.since, self.count - round(skipped)
+        entry = {k: v / count if count else math.nan for k, v in zip([*values, "grad_norm"], means, strict=True)}
+        rate = self.count * self.args.batch / seconds
         if rank() == 0:
-            text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-            print(f"step {step}/{self.args.steps}  {text}  {images_per_second:.1f} images/s  "
-                  f"{duration(left)} left", flush=True)
-            entry = {"step": step, **values, "images_per_second": round(images_per_second, 2),
-                     "seconds": round(time.time() - start, 1), "corrupt": len(self.bad)}
+            text = "  ".join(f"{k} {v:.4g}" for k, v in entry.items())
+            print(f"step {step}/{self.args.steps}  {text}  " + f"{round(skipped)} skipped  " * bool(skipped)
+                  + f"{rate:.1f} images/s  {duration((self.args.steps - step) * self.args.batch / rate)} left", flush=True)
+            entry = {"step": step, **{k: v for k, v in entry.items() if math.isfinite(v)}, "skipped": round(skipped),
+                     "images_per_second": round(rate, 2), "seconds": round(time.time() - self.start, 1),
+                     "corrupt": len(self.bad)}
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(entry) + "\n")
+        if self.streak >= STREAK:
+            raise UserError(f"no finite gradient for {int(self.streak)} steps, up to step {step}: stopped; the last "
+                            f"good checkpoint is {self.last}; try --clip 1, a lower --lr or --precision fp32 from there, "
+                            f"under another --name")
+        self.sums, self.count, self.since = 0, 0, time.time()
 
     def picture(self, step, image):
         """Write a preview grid."""
@@ -1384,7 +1694,7 @@ class Run:
             image.save(self.path / f"preview-{step:07d}.png")
 
     def save(self, checkpoint):
-        """Write last.pt, a numbered hard link to it and the loss curve, from rank 0."""
+        """Write last.pt, a numbered hard link to it and the loss curve, from rank 0; drop old numbered ones."""
         if rank() == 0:
             save_checkpoint(self.last, checkpoint)
             numbered = self.path / f"{checkpoint['step']:07d}.pt"
@@ -1393,8 +1703,17 @@ class Run:
                 os.link(self.last, numbered)
             except OSError:  # a file system without hard links
                 shutil.copyfile(self.last, numbered)
+            old = [p for p in sorted(self.path.glob("[0-9]*.pt")) if int(p.stem) % self.args.milestone_every]
+            for path in old[:-self.args.keep]:
+                path.unlink()
             plot_log(self.path / "log.jsonl", self.path / "loss.png", f"{self.path}: loss by step")
         barrier()
+
+    def end(self, step):
+        """Say how it ended, and how to go on."""
+        self.say(f"done: {self.last}" if step >= self.args.steps else
+                 f"{signal.Signals(self.signal).name if self.signal else 'a signal to another process'}: stopped after "
+                 f"step {step}; the same command goes on from {self.last}")
 
 
 def latest_run(stage, demo=None):
@@ -1460,3 +1779,23 @@ def plot_log(log, path, title, size=(720, 400)):
         draw.text((left + 140 * names.index(n), 24), n, fill=colour, font=font)
     draw.text((width - 40, height - 18), "step", fill="black", font=font)
     sheet.save(path)
+
+
+# -- python svg.py pack ------------------------------------------------------------------------------------
+
+def main():
+    p = Parser("Decode a tree of class folders once: python svg.py pack imagenet/train imagenet/train-256")
+    p.add_argument("command", choices=["pack"])
+    p.add_argument("src", help="folder of class folders of images")
+    p.add_argument("dst", help="folder to write, for --data: images.npy, labels.npy, classes.json")
+    p.add_argument("--size", type=positive, default=256, help="pixels per side, cropped the ADM way")
+    p.add_argument("--workers", type=not_negative, default=os.cpu_count(), help="decoding processes")
+    args = p.parse_args()
+    count, corrupt = pack(args.src, args.dst, args.size, args.workers)
+    for name in corrupt:
+        warnings.warn(f"{name}: not a readable image, left out")
+    print(f"{count} images in {args.dst}, {len(corrupt)} corrupt ones left out")
+
+
+if __name__ == "__main__":
+    run_main(main)

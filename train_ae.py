@@ -2,17 +2,18 @@
 
     torchrun --nproc_per_node=8 train_ae.py --data imagenet/train      # the paper's recipe: batch 512, 100K steps
     python train_ae.py --demo                                          # tiny sizes on built-in data, two CPU cores
+    python train_ae.py --batch 64 --bench 20                           # speed and memory, without any file
 
 Loss (the authors' code): sum over pixels of |x - y| + LPIPS(x, y), plus an adaptively weighted PatchGAN hinge
 loss from step --disc-start on. Writes runs/<name>/: config.json, log.jsonl, loss.png, last.pt, numbered
 checkpoints, previews (originals above reconstructions). The same command goes on from last.pt.
 """
 import copy
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +28,8 @@ class LPIPS(nn.Module):
     """Perceptual distance of images [B, 3, H, W] in [-1, 1]: one number per image [B] (Zhang et al., v0.1,
     VGG16).
 
-    vgg: path of torchvision's vgg16-397923af.pth; the published linear heads lie in assets/.
+    vgg: path of torchvision's vgg16-397923af.pth, or None for random weights (--bench); the published linear heads
+    lie in assets/.
     """
 
     WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -43,16 +45,17 @@ class LPIPS(nn.Module):
                 c = width
             self.taps.append(len(layers) - 1)
         self.features = nn.Sequential(*layers)
-        weights = svg.load_checkpoint(vgg)
-        weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-        svg.strict_load(self, weights, vgg, "VGG16")
+        if vgg:
+            weights = svg.load_checkpoint(vgg)
+            weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
+            svg.strict_load(self, weights, vgg, "VGG16")
         heads = svg.load_npz(Path(__file__).parent / "assets" / "lpips_vgg_heads.npz")
         for i in range(5):
             head = torch.from_numpy(heads[f"lin{i}"]).view(1, -1, 1, 1)
             self.register_buffer(f"head{i}", head, persistent=False)
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def unit_features(self, images):
         """The five tapped feature maps, each of unit length over its channels."""
@@ -72,6 +75,24 @@ class LPIPS(nn.Module):
         return distance
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the batches of all ranks, as if they were one; unlike SyncBatchNorm on CPUs too."""
+
+    def forward(self, x):
+        if not self.training or svg.world_size() == 1:
+            return super().forward(x)
+        var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+        moments = torch.stack([mean, var + mean.square()]) / svg.world_size()
+        mean, square = dist.nn.functional.all_reduce(moments)  # differentiable
+        var, n = square - mean.square(), svg.world_size() * x.numel() / x.shape[1]
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return x * scale.view(-1, 1, 1) + (self.bias - mean * scale).view(-1, 1, 1)
+
+
 class PatchDiscriminator(nn.Module):
     """pix2pix's PatchGAN: images [B, 3, H, W] -> logits [B, 1, h, w], one per 70 x 70 pixel patch."""
 
@@ -80,15 +101,16 @@ class PatchDiscriminator(nn.Module):
         w = width
         self.main = nn.Sequential(
             nn.Conv2d(3, w, 4, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(w, 2 * w, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * w), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * w, 4 * w, 4, 2, 1, bias=False), nn.BatchNorm2d(4 * w), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * w, 8 * w, 4, 1, 1, bias=False), nn.BatchNorm2d(8 * w), nn.LeakyReLU(0.2),
+            nn.Conv2d(w, 2 * w, 4, 2, 1, bias=False), BatchNorm2d(2 * w), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * w, 4 * w, 4, 2, 1, bias=False), BatchNorm2d(4 * w), nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * w, 8 * w, 4, 1, 1, bias=False), BatchNorm2d(8 * w), nn.LeakyReLU(0.2),
             nn.Conv2d(8 * w, 1, 4, 1, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images):
         return self.main(images)
@@ -103,10 +125,29 @@ def reconstruction_loss(x, y, lpips, weight):
 
 
 def adaptive_weight(reconstruction, gan, last_layer):
-    """||d reconstruction / d last_layer|| / (||d gan / d last_layer|| + 1e-4), at most 1e4 (VQGAN, eq. 7)."""
-    g_rec, = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    g_gan, = torch.autograd.grad(gan, last_layer, retain_graph=True)
-    return (g_rec.norm() / (g_gan.norm() + 1e-4)).clamp(0, 1e4).detach()
+    """||d reconstruction / d last_layer|| / (||d gan / d last_layer|| + 1e-4), at most 1e4 (VQGAN, eq. 7); the
+    gradients are those of all ranks' losses.
+    """
+    gradients = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+                             for loss in (reconstruction, gan)])
+    if svg.world_size() > 1:
+        dist.all_reduce(gradients)
+        gradients /= svg.world_size()
+    rec, gan = gradients.flatten(1).norm(dim=1)
+    return (rec / (gan + 1e-4)).clamp(0, 1e4).detach()
+
+
+def generator_gradient(y, nll, g_loss, gan, last_layer):
+    """d (nll + gan * w * g_loss) / dy for the reconstruction y, w the adaptive weight; g_loss may be None.
+
+    VGG16 and the discriminator are passed backward once each. The sum of y times such a gradient is a loss with the
+    same gradient at the last layer, so all that w takes besides is that layer's own backward.
+    """
+    g_rec, = torch.autograd.grad(nll, y)
+    if g_loss is None:
+        return g_rec
+    g_gan, = torch.autograd.grad(g_loss, y)
+    return g_rec + gan * adaptive_weight((y * g_rec).sum(), (y * g_gan).sum(), last_layer) * g_gan
 
 
 def hinge_loss(real, fake):
@@ -127,6 +168,7 @@ def parse_args():
     p.add_argument("--residual-channels", type=svg.not_negative, default=8, help="latent channels of the residual encoder")
     p.add_argument("--residual-dim", type=svg.positive, default=384, help="width of the residual encoder")
     p.add_argument("--residual-depth", type=svg.positive, default=6, help="layers of the residual encoder")
+    p.add_argument("--residual-dropout", type=svg.number(0, 1), default=0.1, help="dropout in the residual encoder")
     p.add_argument("--decoder-channels", type=svg.positive, default=128, help="decoder's width at full resolution")
     p.add_argument("--decoder-mult", help="factors of it by level, full resolution first (default: 1,1,2,2,4)")
     p.add_argument("--lpips", type=svg.number(), default=1.0, help="weight of LPIPS; 0: off, VGG16 is not needed")
@@ -151,92 +193,116 @@ def decoder_size(args):
 
 def main():
     args = parse_args()
-    device = svg.setup()
+    device = svg.setup(args.precision)
+    torch.backends.cudnn.benchmark = True  # every batch has the same shape
     torch.manual_seed(args.seed)  # every rank starts from the same weights
-    encoder = svg.load_encoder(svg.fetch_weights(args.encoder, args.weights))
+    if args.bench and not args.demo:
+        encoder, vgg = svg.fresh_encoder(args.encoder), None
+    else:
+        encoder = svg.load_encoder(svg.fetch_weights(args.encoder, args.weights))
+        vgg = svg.fetch_weights("vgg16-397923af.pth", args.weights) if args.lpips else None
     heads = max(1, args.residual_dim // 48)
     if args.residual_dim % heads:
         raise svg.UserError(f"--residual-dim {args.residual_dim}: give a multiple of 48, or less than 96")
-    residual = {"dim": args.residual_dim, "depth": args.residual_depth, "heads": heads}
+    residual = {"dim": args.residual_dim, "depth": args.residual_depth, "heads": heads,
+                "dropout": args.residual_dropout}
     model = svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid, residual=residual,
                             decoder=decoder_size(args))
-    lpips = LPIPS(svg.fetch_weights("vgg16-397923af.pth", args.weights)).to(device) if args.lpips else None
-    data = (demo.dataset("train") if args.demo else
-            svg.ImageFolder(args.data, args.image_size, random_crop=True, seed=args.seed))
-    run = svg.Run("ae", args, {"encoder_fingerprint": encoder.fingerprint})
+    lpips = LPIPS(vgg).to(device) if args.lpips else None
+    disc = PatchDiscriminator()
+    checkpoint = None
+    if not args.bench:
+        data = (demo.dataset("train") if args.demo else
+                svg.open_data(args.data, args.image_size, random_crop=True, seed=args.seed))
+        run = svg.Run("ae", args, {"encoder_fingerprint": encoder.fingerprint, "images": len(data)})
+        checkpoint = run.resume()
 
-    model = model.to(device).train()
-    disc = PatchDiscriminator().to(device)
-    opt = torch.optim.Adam(model.parameters(), args.lr, betas=(0.5, 0.9))
-    opt_disc = torch.optim.Adam(disc.parameters(), args.lr, betas=(0.5, 0.9))
+    model, disc = model.to(device).train(), disc.to(device)
+    model.decoder.recompute = args.recompute
+    opt, opt_disc = (torch.optim.Adam(m.parameters(), args.lr, betas=(0.5, 0.9), fused=device.type != "mps")
+                     for m in (model, disc))
     step = 0
-    if checkpoint := run.resume():
+    if checkpoint:
         step = checkpoint["step"]
         for target, key in ((model, "model"), (disc, "disc"), (opt, "opt"), (opt_disc, "opt_disc")):
             target.load_state_dict(checkpoint[key])
-    forward, discriminate = model, disc
+    if args.compile:
+        svg.compile_blocks(encoder.vit, *([model.residual] if args.residual_channels else []))
+        model.decoder.features = torch.compile(model.decoder.features, dynamic=False)
+        for module in (lpips, disc) if lpips else (disc,):
+            module.compile(dynamic=False)
+    forward, discriminate, last_layer = model, disc, model.decoder.conv_out.weight
     if svg.world_size() > 1:
-        forward = DistributedDataParallel(model, broadcast_buffers=False)
-        if device.type == "cuda":
-            disc = nn.SyncBatchNorm.convert_sync_batchnorm(disc)
-        discriminate = DistributedDataParallel(disc, broadcast_buffers=False)
+        forward, discriminate = (DistributedDataParallel(m, broadcast_buffers=False, gradient_as_bucket_view=True)
+                                 for m in (model, disc))
+    share = args.batch // svg.world_size()
+    local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
+
+    def train_step(step, images):
+        """One step of both optimisers on uint8 images [B, H, W, 3]: losses, gradient norm, whether it was skipped."""
+        svg.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
+        masked = torch.rand(args.batch, device=device)[local][:len(images)] < model.mask_ratio
+        svg.seed_step(args.seed, step, 1 + svg.rank())  # for dropout
+        images = svg.to_float(images, device)
+        adversarial = bool(args.gan) and step + 1 >= args.disc_start
+        opt.zero_grad(set_to_none=True)
+        opt_disc.zero_grad(set_to_none=True)
+        totals = torch.zeros(3, device=device)
+        for x, mask in svg.micro_batches(args.accumulate, [forward, discriminate], images, masked):
+            part = len(x) / len(images)
+            with svg.autocast(device, args.precision):
+                y = forward(x, mask).float()
+                nll, l1, perceptual = reconstruction_loss(x, y, lpips, args.lpips)
+                disc.requires_grad_(False)
+                g_loss = -disc(y).float().mean() if adversarial else None
+                disc.requires_grad_(True)
+            y.backward(part * generator_gradient(y, nll, g_loss, args.gan, last_layer))
+            d_loss = torch.zeros_like(l1)
+            if adversarial:
+                with svg.autocast(device, args.precision):
+                    d_loss = hinge_loss(discriminate(x).float(), discriminate(y.detach()).float())
+                (part * d_loss).backward()
+            totals += part * torch.stack([l1, perceptual, d_loss.detach()])
+        norm, skipped = svg.optimizer_step(opt, args.clip)
+        if adversarial:
+            skipped = skipped | svg.optimizer_step(opt_disc, args.clip)[1]
+        return totals, norm, skipped
+
+    if args.bench:
+        def make(n):
+            images = torch.randint(256, (n, args.image_size, args.image_size, 3), dtype=torch.uint8)
+            return lambda: train_step(args.disc_start, images)
+
+        return svg.bench(args, device, make, script="train_ae")
 
     plain = copy.copy(data)
     plain.random_crop = False
     preview = np.stack([plain[i, 0][0] for i in np.linspace(0, len(plain) - 1, 10).astype(int).tolist()])
     preview = svg.to_float(torch.from_numpy(preview), device)
     batches = svg.loader(data, args.batch, args.seed, step, args.workers, device)
-    start = since = time.time()
-    sums, count = 0, 0
-    while step < args.steps:
+    names = {"l1_loss": True, "lpips_loss": bool(lpips), "disc_loss": bool(args.gan)}
+    stop = run.stopped()
+    while step < args.steps and not stop:
         images, _, corrupt = next(batches)
         run.report_corrupt(data, corrupt)
-        svg.seed_step(args.seed, step, svg.rank())
-        step += 1
-        images = svg.to_float(images, device)
-        adversarial = bool(args.gan) and step >= args.disc_start
-
-        with svg.autocast(device, args.precision):
-            reconstruction = forward(images).float()
-            loss, l1, perceptual = reconstruction_loss(images, reconstruction, lpips, args.lpips)
-            if adversarial:
-                disc.requires_grad_(False)
-                g_loss = -disc(reconstruction).float().mean()
-                disc.requires_grad_(True)
-        if adversarial:
-            loss = loss + args.gan * adaptive_weight(loss, g_loss, model.decoder.conv_out.weight) * g_loss
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-
-        d_loss = torch.zeros_like(l1)
-        if adversarial:
-            with svg.autocast(device, args.precision):
-                real, fake = discriminate(images).float(), discriminate(reconstruction.detach()).float()
-                d_loss = hinge_loss(real, fake)
-            opt_disc.zero_grad(set_to_none=True)
-            d_loss.backward()
-            opt_disc.step()
-
-        sums, count = sums + torch.stack([l1, perceptual, d_loss.detach()]), count + 1
-        if step % args.log_every == 0 or step == args.steps:
-            l1, perceptual, d_loss = (svg.all_reduce(sums.cpu(), device) / count / svg.world_size()).tolist()
-            values = {"l1_loss": l1, **({"lpips_loss": perceptual} if lpips else {}),
-                      **({"disc_loss": d_loss} if args.gan else {})}
-            run.log(step, start, values, count * args.batch / (time.time() - since))
-            sums, count, since = 0, 0, time.time()
+        losses, norm, skipped = train_step(step, images)
+        step, stop = step + 1, run.stopped()
+        run.record(step, {k: v for (k, used), v in zip(names.items(), losses, strict=True) if used}, norm, skipped)
         if step % args.preview_every == 0 or step == args.steps:
             with torch.no_grad(), svg.autocast(device, args.precision):
                 pair = torch.cat([preview, model.eval()(preview).float()])
             model.train()
             run.picture(step, svg.grid_image(svg.to_uint8(pair), len(preview), title=(
                 f"{run.path} step {step}: originals above reconstructions")))
-        if step % args.save_every == 0 or step == args.steps:
-            with svg.autocast(device, args.precision):
-                model.measure(plain, args.stats_images, args.batch // svg.world_size(), args.workers)
+        if step % args.save_every == 0 or step == args.steps or stop:
+            if stop and step < args.steps:  # there may be seconds left, so no figures; stage 2 can measure them
+                model.latent_mean.zero_()
+            else:
+                with svg.autocast(device, args.precision):
+                    model.measure(plain, args.stats_images, share, args.workers)
             run.save({**model.checkpoint(), "step": step, "disc": disc.state_dict(), "opt": opt.state_dict(),
                       "opt_disc": opt_disc.state_dict()})
-    run.say(f"done: {run.last}")
+    run.end(step)
 
 
 if __name__ == "__main__":

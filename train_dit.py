@@ -2,12 +2,12 @@
 
     torchrun --nproc_per_node=8 train_dit.py --model XL --data imagenet/train   # the paper's recipe, batch 256
     python train_dit.py --demo                                                  # after train_ae.py --demo
+    python train_dit.py --model XL --batch 32 --bench 20                        # speed and memory, without any file
 
 Finds the newest stage-1 run (or takes --ae) and records its fingerprint. Writes runs/<name>/ like stage 1, with
 samples labelled by class as previews. The same command goes on from last.pt.
 """
 import copy
-import time
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -44,6 +44,19 @@ def model_size(text):
     return {"depth": depth, "dim": dim, "heads": heads}
 
 
+def find_autoencoder(args):
+    """The autoencoder, and where it was found; for --bench demo.pt's or a fresh one of the paper's size."""
+    if args.bench and not (args.demo or args.ae):
+        ae = svg.Autoencoder(svg.fresh_encoder("dinov3_vits16plus"))
+        ae.alignment_batches.fill_(1)
+        return ae, None
+    path = args.ae or (demo.ENCODER if args.bench else svg.latest_run("ae", demo=args.demo))
+    if not path:
+        raise svg.UserError("no stage-1 run below runs/: run train_ae.py" + (" --demo" if args.demo else "")
+                            + " first, or name a checkpoint by --ae")
+    return svg.load_autoencoder(path, weights_dir=args.weights), path
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """ema = decay * ema + (1 - decay) * model, for every parameter."""
@@ -53,75 +66,90 @@ def update_ema(ema, model, decay):
 def main():
     args = parse_args()
     size = model_size(args.model)
-    device = svg.setup()
-    path = args.ae or svg.latest_run("ae", demo=args.demo)
-    if not path:
-        raise svg.UserError("no stage-1 run below runs/: run train_ae.py" + (" --demo" if args.demo else "")
-                            + " first, or name a checkpoint by --ae")
-    ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
-    data = demo.dataset("train") if args.demo else svg.ImageFolder(args.data, ae.image_size, seed=args.seed)
-    if args.latent_stats:
-        ae.set_latent_stats(*svg.load_latent_stats(args.latent_stats))
-    elif not ae.measured:  # the authors' autoencoder
-        ae.measure(data, 10_000, max(1, args.batch // svg.world_size()), args.workers)
-    run = svg.Run("dit", args, {"autoencoder": ae.fingerprint, "num_classes": len(data.classes)})
+    device = svg.setup(args.precision)
+    ae, path = find_autoencoder(args)
+    ae = ae.to(device).eval().requires_grad_(False)
+    if args.bench:
+        classes, run, checkpoint = [str(i) for i in range(1000)], None, None
+    else:
+        data = demo.dataset("train") if args.demo else svg.open_data(args.data, ae.image_size, seed=args.seed)
+        classes = data.classes
+        run = svg.Run("dit", args, {"autoencoder": ae.fingerprint, "num_classes": len(classes), "images": len(data)})
+        checkpoint = run.resume()
+        if checkpoint:
+            ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
+        elif args.latent_stats:
+            ae.set_latent_stats(*svg.load_latent_stats(args.latent_stats))
+        elif not ae.measured:  # the authors' autoencoder, or one whose training was stopped
+            ae.measure(data, 10_000, max(1, args.batch // svg.world_size()), args.workers)
 
     torch.manual_seed(args.seed)  # every rank starts from the same weights
-    model = svg.SiT(size, ae.channels, len(data.classes), ae.grid).to(device)
+    model = svg.SiT(size, ae.channels, len(classes), ae.grid).to(device)
+    model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0,
-                            fused=device.type == "cuda")
+                            fused=device.type != "mps")
     step = 0
-    if checkpoint := run.resume():
+    if checkpoint:
         step = checkpoint["step"]
         for target, key in ((model, "model"), (ema, "ema"), (opt, "opt")):
             target.load_state_dict(checkpoint[key])
-    velocity = DistributedDataParallel(model, broadcast_buffers=False) if svg.world_size() > 1 else model
-
-    labels = torch.arange(16, device=device) % len(data.classes)
-    noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
-    batches = svg.loader(data, args.batch, args.seed, step, args.workers, device)
+    if args.compile:
+        svg.compile_blocks(model, ae.encoder.vit, *([ae.residual] if ae.channels > ae.encoder.dim else []))
+    velocity = DistributedDataParallel(model, gradient_as_bucket_view=True) if svg.world_size() > 1 else model
     share = args.batch // svg.world_size()
     local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
-    start = since = time.time()
-    total, count = 0, 0
-    while step < args.steps:
-        images, y, corrupt = next(batches)
-        run.report_corrupt(data, corrupt)
+
+    def train_step(step, images, y):
+        """One optimiser step on uint8 images [B, H, W, 3] and labels: loss, gradient norm, whether it was skipped."""
         svg.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
-        step += 1
-        flip, drop, u = torch.rand(3, args.batch, device=device)[:, local]
-        images, y = svg.to_float(images, device), y.to(device)
+        flip, drop, u = torch.rand(3, args.batch, device=device)[:, local][:, :len(images)]
+        epsilon = torch.randn(args.batch, ae.grid ** 2, ae.channels, device=device)[local][:len(images)]
+        images, y = svg.to_float(images, device), y.to(device, non_blocking=True)
         images = torch.where((flip < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
         y = svg.drop_labels(y, model.num_classes, args.label_dropout, drop)
-
-        with svg.autocast(device, args.precision):
-            with torch.no_grad():
-                latents = ae.normalize(ae.encode(images))
-            epsilon = torch.randn(args.batch, *latents.shape[1:], device=device)[local]
-            loss = svg.flow_loss(velocity, latents, y, args.shift, u, epsilon).mean()
         opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
+        total = 0
+        for x, labels, *draws in svg.micro_batches(args.accumulate, [velocity], images, y, u, epsilon):
+            with svg.autocast(device, args.precision):
+                with torch.no_grad():
+                    latents = ae.normalize(ae.encode(x))
+                loss = svg.flow_loss(velocity, latents, labels, args.shift, *draws).sum() / len(images)
+            loss.backward()
+            total = total + loss.detach()
+        norm, skipped = svg.optimizer_step(opt, args.clip)
         update_ema(ema, model, args.ema_decay)
+        return total, norm, skipped
 
-        total, count = total + loss.detach(), count + 1
-        if step % args.log_every == 0 or step == args.steps:
-            mean = (svg.all_reduce(total.cpu(), device) / count / svg.world_size()).item()
-            run.log(step, start, {"loss": mean}, count * args.batch / (time.time() - since))
-            total, count, since = 0, 0, time.time()
+    if args.bench:
+        def make(n):
+            images = torch.randint(256, (n, ae.image_size, ae.image_size, 3), dtype=torch.uint8)
+            return lambda: train_step(1, images, torch.arange(n) % len(classes))
+
+        return svg.bench(args, device, make, script="train_dit", model=args.model)
+
+    labels = torch.arange(16, device=device) % len(classes)
+    noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
+    batches = svg.loader(data, args.batch, args.seed, step, args.workers, device)
+    stop = run.stopped()
+    while step < args.steps and not stop:
+        images, y, corrupt = next(batches)
+        run.report_corrupt(data, corrupt)
+        loss, norm, skipped = train_step(step, images, y)
+        step, stop = step + 1, run.stopped()
+        run.record(step, {"loss": loss}, norm, skipped)
         if step % args.preview_every == 0 or step == args.steps:
             with torch.no_grad(), svg.autocast(device, args.precision):
                 z = svg.euler_sample(ema, noise, labels, args.preview_steps, args.preview_guidance)
                 samples = svg.to_uint8(ae.decode(ae.denormalize(z)))
-            run.picture(step, svg.grid_image(samples, 8, [data.classes[i] for i in labels.tolist()], (
+            run.picture(step, svg.grid_image(samples, 8, [classes[i] for i in labels.tolist()], (
                 f"{run.path} step {step}: {args.preview_steps} steps, guidance {args.preview_guidance:g}")))
-        if step % args.save_every == 0 or step == args.steps:
-            run.save({"kind": "sit", "config": model.config, "step": step, "classes": data.classes,
+        if step % args.save_every == 0 or step == args.steps or stop:
+            run.save({"kind": "sit", "config": model.config, "step": step, "classes": classes,
                       "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                       "latent_mean": ae.latent_mean, "latent_std": ae.latent_std,
                       "autoencoder": {"path": str(path), "fingerprint": ae.fingerprint}})
-    run.say(f"done: {run.last}")
+    run.end(step)
 
 
 if __name__ == "__main__":
