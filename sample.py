@@ -46,8 +46,8 @@ def parse_args():
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
     add("--shift", type=svg.number(above=0), default=0.15, help="timestep shift in sampling")
     add("--batch-size", type=svg.positive, default=64, help="images at a time and process")
-    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
-        help="of the models' arithmetic; the sampler's state is fp32")
+    svg.add_speed_flags(p)
+    p.set_defaults(compile=False)  # a minute's wait pays off only for thousands of images
     add("--npz", help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM's evaluator")
     add("--reconstruct", metavar="DIR", help="instead of sampling, encode and decode the images of a folder")
     add("--align", choices=("running", "batch"), default="running",
@@ -60,7 +60,7 @@ def parse_args():
 
 def find_models(args, device):
     """The transformer and the autoencoder that belong together, and the first's path."""
-    path = args.ckpt or svg.latest_run("dit", demo=True if args.demo else None) or DEMO_PT
+    path = args.ckpt or (not args.bench and svg.latest_run("dit", demo=True if args.demo else None)) or DEMO_PT
     sit = svg.load_sit(path).to(device)
     trained_on = sit.meta.get("autoencoder", {})
     ae_path = args.ae or (path if Path(path).name == "demo.pt" else trained_on.get("path"))
@@ -130,6 +130,36 @@ def claim_folder(out, settings, overwrite):
     svg.barrier()
 
 
+def draw(sit, ae, noise, y, args):
+    """Noise [B, N, C] and labels [B] -> images, uint8 [B, H, W, 3]."""
+    with torch.no_grad(), svg.autocast(noise.device, args.precision):
+        latents = svg.euler_sample(sit, noise, y, args.steps, args.guidance, args.shift, args.zero_init,
+                                   args.guidance_interval)
+        return svg.to_uint8(ae.decode(ae.denormalize(latents)))
+
+
+def bench(args, device):
+    """Time the sampling of batches: of --ckpt or --demo, else of fresh models of the paper's size."""
+    if args.ckpt or args.demo:
+        sit, ae, path = find_models(args, device)
+    else:
+        sit, ae, path = svg.SiT("XL").to(device).eval(), svg.Autoencoder(None, feature_channels=384).to(device).eval(), "XL"
+    compile_models(sit, ae, args)
+
+    def make(n):
+        noise = svg.sample_noise(args.seed, range(n), (sit.grid ** 2, sit.channels)).to(device)
+        return lambda: draw(sit, ae, noise, torch.arange(n, device=device) % sit.num_classes, args)
+
+    svg.bench(args, device, make, args.batch_size * svg.world_size(), script="sample", model=str(path),
+              euler_steps=args.steps, guidance=args.guidance)
+
+
+def compile_models(sit, ae, args):
+    if args.compile:
+        svg.compile_blocks(sit)
+        ae.decoder.compile(dynamic=False)
+
+
 def generate(args, device):
     """Sample; returns nothing, leaves PNGs, an overview and, if asked for, an .npz."""
     sit, ae, path = find_models(args, device)
@@ -145,17 +175,14 @@ def generate(args, device):
     if svg.rank() == 0:
         print("no run below runs/: using the shipped demo.pt" if shipped and not args.ckpt else f"using {path}")
         print(f"{args.num} images, {args.steps} Euler steps, guidance {args.guidance:g}, shift {args.shift:g}", flush=True)
+    compile_models(sit, ae, args)
     mine = list(range(args.num))[svg.rank()::svg.world_size()]
     start = time.time()
     for j in range(0, len(mine), args.batch_size):
         indices = mine[j:j + args.batch_size]
         noise = svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels)).to(device)
         y = torch.tensor([label_of(i, numbers, args) for i in indices], device=device)
-        with torch.no_grad(), svg.autocast(device, args.precision):
-            latents = svg.euler_sample(sit, noise, y, args.steps, args.guidance, args.shift, args.zero_init,
-                                       args.guidance_interval)
-            images = svg.to_uint8(ae.decode(ae.denormalize(latents)))
-        for i, image in zip(indices, images, strict=True):
+        for i, image in zip(indices, draw(sit, ae, noise, y, args), strict=True):
             Image.fromarray(image).save(out / f"{i:06d}.png")
         if svg.rank() == 0 and len(mine) > args.batch_size:
             done = j + len(indices)
@@ -237,8 +264,8 @@ def reconstruct(args, device):
 
 def main():
     args = parse_args()
-    device = svg.setup()
-    (reconstruct if args.reconstruct else generate)(args, device)
+    device = svg.setup(args.precision)
+    (bench if args.bench else reconstruct if args.reconstruct else generate)(args, device)
 
 
 if __name__ == "__main__":

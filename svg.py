@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -1220,7 +1221,7 @@ class Packed(torch.utils.data.Dataset):
             self.labels = np.load(os.path.join(root, "labels.npy"))
             self.classes = json.loads(Path(root, "classes.json").read_text())
             fits = self.images.shape == (len(self.labels), *self.images.shape[1:2] * 2, 3)
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, EOFError) as e:
             raise UserError(f"--data {root}: not a whole packed set ({brief(e)}); pack it again") from e
         if not fits or self.images.dtype != np.uint8:
             raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} with "
@@ -1262,22 +1263,22 @@ def pack(src, dst, size, workers=0):
     if before.get("source") == state["source"]:
         state = before
     row, head = 3 * size * size, 128  # bytes of an image and of the header
-    chunks = [[(i, 0) for i in range(start, min(start + 64, len(data)))] for start in range(state["read"], len(data), 64)]
+    chunks = [[(i, 0) for i in range(start, min(start + 64, len(data)))]
+              for start in range(state["read"], len(data), 64)]
     batches = torch.utils.data.DataLoader(data, batch_sampler=chunks, num_workers=(
         workers), prefetch_factor=4 if workers else None)
     start, shown, first = time.time(), 0.0, state["read"]
     with open(part / "images.npy", "r+b" if state["read"] else "wb") as f:
         f.truncate(head + (state["read"] - len(state["corrupt"])) * row)
         f.seek(0, os.SEEK_END)
-        for n, (images, _, corrupt) in enumerate(batches, 1):
+        for images, _, corrupt in batches:
             f.write(images[corrupt < 0].numpy().tobytes())
             state["corrupt"] += corrupt[corrupt >= 0].tolist()
             state["read"] += len(images)
-            if n % 64 == 0 or state["read"] == len(data):
-                f.flush()
-                os.fsync(f.fileno())
-                write_atomically(part / "state.json", lambda f: f.write(json.dumps(state).encode()))
             if time.time() - shown > 10 or state["read"] == len(data):
+                f.flush()
+                os.fsync(f.fileno())  # first the images, then the note that they are there
+                write_atomically(part / "state.json", lambda f: f.write(json.dumps(state).encode()))
                 shown, rate = time.time(), (state["read"] - first) / (time.time() - start)
                 print(f"{state['read']}/{len(data)}  {rate:.1f} images/s  "
                       f"{duration((len(data) - state['read']) / rate)} left", flush=True)
@@ -1376,6 +1377,15 @@ def setup(precision="fp32"):
 def autocast(device, precision):
     """The context in which models run: bf16 autocast, or nothing for fp32 and tf32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def data_parallel(model):
+    """DistributedDataParallel that leaves buffers alone: every rank computes the same ones, and a frozen encoder is
+    all buffers.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer torch renames the flag and gives it another meaning
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def compile_blocks(*models):
@@ -1482,16 +1492,16 @@ def optimizer_step(optimizer, clip=0.0):
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
 
 
-def bench(args, device, make, **about):
+def bench(args, device, make, batch, **about):
     """Time args.bench steps on synthetic data after a warm-up: a line to read, and one of JSON.
 
-    make(n) -> a function that runs one step on n images. FLOPs are those that PyTorch counts as executed for one
-    image, times the batch.
+    make(n) -> a function that runs one step on n images; batch: images per step over all processes. FLOPs are those
+    that PyTorch counts as executed for one image, times the batch.
     """
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
         make(1)()
-    batch = args.batch // world_size()
-    step, marks, cuda = make(batch), [], device.type == "cuda"
+    share = batch // world_size()
+    step, marks, cuda = make(share), [], device.type == "cuda"
     for _ in range(3):
         step()
     if cuda:
@@ -1512,16 +1522,16 @@ def bench(args, device, make, **about):
         seconds = float(np.median(np.diff(marks)))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         name = f"{device.type}, {torch.get_num_threads()} threads"
-    tflops = count.get_total_flops() * batch / seconds / 1e12
+    tflops = count.get_total_flops() * share / seconds / 1e12
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
     share = tflops / peak / {"bf16": 1, "tf32": 0.5}[args.precision] if peak and args.precision != "fp32" else None
-    result = {**about, "batch": args.batch, "precision": args.precision, "compile": args.compile,
+    result = {**about, "batch": batch, "precision": args.precision, "compile": args.compile,
               "processes": world_size(), "device": name, "torch": torch.__version__, "steps": args.bench,
-              "step_seconds": round(seconds, 5), "images_per_second": round(args.batch / seconds, 2),
+              "step_seconds": round(seconds, 5), "images_per_second": round(batch / seconds, 2),
               "tflops": round(tflops, 3), "peak_share": share and round(share, 3), "peak_gib": round(memory / 2**30, 2)}
     if rank() == 0:
-        print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {args.batch} images (median of "
-              f"{args.bench}), {args.batch / seconds:.1f} images/s, {tflops:.2f} TFLOP/s per process"
+        print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {batch} images (median of "
+              f"{args.bench}), {batch / seconds:.1f} images/s, {tflops:.2f} TFLOP/s per process"
               + (f" ({share:.0%} of {name}'s peak)" if share else "") + f", {memory / 2**30:.2f} GiB")
         print(json.dumps(result))
 

@@ -15,12 +15,17 @@ import importlib
 import io
 import itertools
 import json
+import math
+import multiprocessing
 import os
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 import unittest
 import zlib
 from pathlib import Path
@@ -38,6 +43,8 @@ import train_ae
 import train_dit
 
 ROOT = Path(__file__).resolve().parent
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # for the index of image trees
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"])
 REAL = ROOT.parent / "shared" / "real"
 GOLDEN = svg.load_npz(ROOT / "assets" / "golden.npz")
 MANIFESTS = json.loads(GOLDEN["manifests"].tobytes())
@@ -101,6 +108,18 @@ class Case(unittest.TestCase):
         self.assertEqual(expected.shape, actual.shape, key)
         np.testing.assert_allclose(actual, expected, rtol, atol * np.abs(expected).max(), err_msg=key)
 
+    def assert_same(self, a, b, where=""):
+        """The same numbers, bit for bit, all the way down."""
+        self.assertEqual(type(a), type(b), where)
+        if isinstance(a, torch.Tensor):
+            self.assertTrue(torch.equal(a, b), where)
+        elif isinstance(a, (dict, list)):
+            self.assertEqual(len(a), len(b), where)
+            for key in a if isinstance(a, dict) else range(len(a)):
+                self.assert_same(a[key], b[key], f"{where}/{key}")
+        else:
+            self.assertEqual(a, b, where)
+
     def close(self, a, b, tolerance=1e-5):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
 
@@ -109,12 +128,16 @@ def run(command, *more):
     """A script's real main in this process: "sample --steps 5" -> (exit code, stdout, stderr)."""
     script, *flags = *command.split(), *map(str, more)
     out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in svg.STOP_SIGNALS}
     with mock.patch("sys.argv", [f"{script}.py", *flags]), contextlib.redirect_stdout(out), \
             contextlib.redirect_stderr(err):
         try:
             svg.run_main(importlib.import_module(script).main)
         except SystemExit as e:
             code = e.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return code, out.getvalue(), err.getvalue()
 
 
@@ -125,15 +148,21 @@ def ok(command, *more):
     return out
 
 
-def shell(command, *more, processes=1):
-    """The same through the shell's door: a fresh interpreter, or torchrun."""
+def start(command, *more, processes=1, torchrun=(), **settings):
+    """The same through the shell's door: a process of a fresh interpreter, or torchrun."""
     script, *flags = *command.split(), *map(str, more)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun, "--"]
     command = [sys.executable, *launcher * (processes > 1), str(ROOT / f"{script}.py"), *flags]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **settings)
+
+
+def shell(command, *more, **settings):
+    """start() that must succeed; what it printed."""
+    process = start(command, *more, **settings)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    return out
 
 
 MINI_AE = "train_ae --demo --batch 8 --stats-images 16 --log-every 1"
@@ -307,10 +336,13 @@ class Golden(Case):
         ae, x = authors_autoencoder(), image(1, (2, 3, 256, 256))
         y = ae.decode(ae.encode(x, align="batch"))
         nll, l1, perceptual = train_ae.reconstruction_loss(x, y, lpips, 1.0)
-        g_loss = -disc(y).mean()
-        weight = 0.5 * train_ae.adaptive_weight(nll, g_loss, ae.decoder.conv_out.weight)
+        g_loss, last_layer = -disc(y).mean(), ae.decoder.conv_out.weight
+        weight = 0.5 * train_ae.adaptive_weight(nll, g_loss, last_layer)
         total = nll + weight * g_loss
-        total.backward()
+        (direct,) = torch.autograd.grad(total, y, retain_graph=True)
+        gradient = train_ae.generator_gradient(y, nll, g_loss, 0.5, last_layer)  # each loss passed back once
+        self.close(gradient / gradient.abs().max(), direct / gradient.abs().max(), 1e-6)
+        y.backward(gradient)
         answers = {"l1_mean": l1, "p_loss_mean": perceptual, "nll": nll, "g_loss": g_loss,
                    "d_weight_times_half": weight, "total": total,
                    "disc_loss": train_ae.hinge_loss(disc(x), disc(y.detach())),
@@ -645,18 +677,6 @@ def write_pictures(folder, count):
 
 
 class Commands(Case):
-    def assert_same(self, a, b, where=""):
-        """The same numbers, bit for bit, all the way down."""
-        self.assertEqual(type(a), type(b), where)
-        if isinstance(a, torch.Tensor):
-            self.assertTrue(torch.equal(a, b), where)
-        elif isinstance(a, (dict, list)):
-            self.assertEqual(len(a), len(b), where)
-            for key in a if isinstance(a, dict) else range(len(a)):
-                self.assert_same(a[key], b[key], f"{where}/{key}")
-        else:
-            self.assertEqual(a, b, where)
-
     def test_resumed_training_equals_uninterrupted_training(self):
         ae = f" --ae {trained()}/runs/demo-ae/last.pt"
         for command in (MINI_AE + " --gan 0.5 --disc-start 2", MINI_DIT + ae):
@@ -721,6 +741,301 @@ class Commands(Case):
         self.assertEqual((code, err.count("\n")), (0, 1), err)
         self.assertRegex(err, r"warning: data/a/1\.png.*skipped \(1 so far\)")
         self.assertEqual(read_log("ae")[-1]["corrupt"], 1)
+
+
+class Training(Case):
+    """What a run of a week leans on: the same numbers however it is cut up, and no fault that costs more than a save."""
+
+    def train(self, name, *flags, steps=4, ae=False):
+        """A short run of a stage; its last checkpoint."""
+        command = MINI_AE if ae else MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001"
+        ok(f"{command} --name {name} --steps {steps}", *flags)
+        return svg.load_checkpoint(f"runs/{name}/last.pt")
+
+    def assert_same_weights(self, a, b, key="model", tolerance=0.0):
+        for k in a[key]:
+            torch.testing.assert_close(a[key][k], b[key][k], rtol=tolerance, atol=tolerance, msg=k)
+
+    def test_accumulation_and_recomputation_change_nothing(self):
+        whole = self.train("whole")
+        self.assert_same_weights(whole, self.train("recomputed", "--recompute"))
+        self.assert_same_weights(whole, self.train("parts", "--accumulate", 4), tolerance=1e-5)
+        for a, b in zip(read_log("whole"), read_log("parts"), strict=True):
+            self.assertAlmostEqual(a["loss"], b["loss"], delta=1e-5)
+            self.assertAlmostEqual(a["grad_norm"], b["grad_norm"], delta=1e-4)
+        self.assert_same_weights(self.train("ae", ae=True), self.train("ae-recomputed", "--recompute", ae=True))
+
+    def test_two_processes_train_the_same_autoencoder(self):
+        flags = ["--gan", "0.5", "--disc-start", "1", "--residual-dropout", "0", "--lr", "0.00001", "--steps", "4", "--name"]
+        ok(MINI_AE, *flags, "one")
+        shell(MINI_AE, *flags, "two", processes=2)
+        ok(MINI_AE, *flags, "parts", "--accumulate", 2)  # where statistics are those of half a batch
+        one, two, parts = ([entry["l1_loss"] + entry["disc_loss"] for entry in read_log(name)]
+                           for name in ("one", "two", "parts"))
+        np.testing.assert_allclose(two, one, rtol=1e-5)
+        self.assertGreater(np.abs(np.array(parts) - one).max(), 1e-3)
+        one, two = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("one", "two"))
+        for key in ("model", "disc", "opt", "opt_disc"):  # Adam's moments are the gradients of all steps
+            parts = zip(*([v["exp_avg"] if "opt" in key else v for v in c[key].get("state", c[key]).values()]
+                          for c in (one, two)), strict=True)
+            # As vectors: Adam takes whole steps by the rounding noise where a gradient is 0, as of a key's bias.
+            a, b = (torch.cat([t.double().flatten() for t in side]) for side in zip(*parts, strict=True))
+            self.assertLess((a - b).norm() / a.norm(), 1e-5, key)
+
+    def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(self):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([p], 0.1, fused=True)
+        p.grad = torch.tensor([3.0, 0.0, 4.0])
+        norm, skipped = svg.optimizer_step(optimizer, clip=1.0)
+        self.close((norm.item(), float(skipped), p.grad.norm().item()), (5.0, 0.0, 1.0))
+        before = copy.deepcopy((p.data, optimizer.state_dict()["state"]))
+        p.grad = torch.tensor([1.0, math.nan, 1.0])
+        self.assertTrue(svg.optimizer_step(optimizer, clip=1.0)[1])
+        after = (p.data, optimizer.state_dict()["state"])
+        self.assertTrue(torch.equal(before[0], after[0]))
+        for k, v in before[1][0].items():
+            self.assertTrue(torch.equal(v, after[1][0][k]), k)
+
+        trained()
+        real, calls = svg.flow_loss, itertools.count()
+        bad = {1, 2, *range(4, 4 + svg.STREAK)}
+
+        def sometimes(*inputs):
+            return real(*inputs) * (math.nan if next(calls) in bad else 1)
+
+        with mock.patch("svg.flow_loss", sometimes):
+            self.train("bad", "--log-every", 2)
+            self.assertEqual([(e["step"], e["skipped"]) for e in read_log("bad")], [(2, 1), (4, 1)])
+            self.assertTrue(all(math.isfinite(e["loss"]) for e in read_log("bad")))
+            code, _, err = run(f"{MINI_DIT} --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --name bad --steps 99 "
+                               "--log-every 2")
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertRegex(err, rf"no finite gradient for {svg.STREAK} steps.*runs/bad/last\.pt")
+        self.assertEqual(svg.load_checkpoint("runs/bad/last.pt")["step"], 4)
+
+    def test_signals_end_a_run_after_a_step_and_it_goes_on_exactly(self):
+        for ae in (False, True):
+            whole = self.train("whole", ae=ae, steps=4)
+            for number in svg.STOP_SIGNALS:
+                with self.subTest(number, ae=ae):
+                    real = svg.seed_step
+
+                    def seed_step(seed, step, *rank, number=number, real=real):
+                        if step == 1:
+                            os.kill(os.getpid(), number)  # in the middle of the second step
+                        real(seed, step, *rank)
+
+                    with mock.patch("svg.seed_step", seed_step):
+                        self.assertEqual(self.train("stopped", ae=ae)["step"], 2)
+                    if ae:
+                        self.assertFalse(svg.load_autoencoder("runs/stopped/last.pt").measured)
+                    self.assert_same(whole, self.train("stopped", ae=ae))
+                    shutil.rmtree("runs/stopped")
+            shutil.rmtree("runs")
+
+    def test_stopped_run_says_how_to_go_on(self):
+        process = start(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 100000")
+        for line in process.stdout:
+            if line.startswith("step 2"):
+                process.send_signal(signal.SIGTERM)
+        _, err = process.communicate()
+        self.assertEqual((process.returncode, err), (0, ""))
+        self.assertRegex(line, r"SIGTERM: stopped after step \d+; the same command goes on from runs/demo-dit/last.pt")
+
+    def test_two_processes_stop_together_and_a_dead_one_is_restarted_where_the_run_was(self):
+        command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 6 --save-every 2 --name"
+        shell(command, "whole", processes=2)
+        # One rank gets a signal in step 2; once gone on, the other one dies in step 5 and torchrun starts both again.
+        Path("faulty.py").write_text("""
+import os, signal, sys, torch, train_dit, svg
+real = svg.seed_step
+def seed_step(seed, step, *rank):
+    if svg.rank() == 1 and step == 1 and not os.path.exists("runs/faulty/last.pt"):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if svg.rank() == 0 and step == 4 and not os.path.exists("died"):
+        open("died", "w").close()
+        raise RuntimeError("the card fell off the bus")
+    real(seed, step, *rank)
+svg.seed_step = seed_step
+svg.run_main(train_dit.main)
+""")
+        command = command.replace("train_dit", f"{self.folder}/faulty")
+        self.assertIn("stopped after step 2", shell(command, "faulty", processes=2))
+        process = start(command, "faulty", processes=2, torchrun=["--max-restarts=1"])
+        out, err = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, err)
+        self.assertIn("the card fell off the bus", err)
+        self.assertIn("going on with runs/faulty at step 4", out)
+        self.assert_same(*(svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("whole", "faulty")))
+
+    def test_a_killed_save_leaves_the_checkpoint_before_it(self):
+        def save_for_ever():
+            torch.set_num_threads(1)
+            for i in itertools.count(last + 1):
+                svg.save_checkpoint("last.pt", {"step": i, "weights": torch.from_numpy(np.full(300_000, i))})
+
+        last = -1
+        for i in range(12):
+            child = multiprocessing.get_context("fork").Process(target=save_for_ever)
+            child.start()
+            time.sleep(0.05 + 0.013 * i)
+            child.kill()
+            child.join()
+            if os.path.exists("last.pt"):
+                checkpoint = svg.load_checkpoint("last.pt")
+                self.assertTrue((checkpoint["weights"] == checkpoint["step"]).all())
+                self.assertGreaterEqual(checkpoint["step"], last)
+                last = checkpoint["step"]
+        self.assertGreater(last, 12)
+
+    def test_a_killed_run_goes_on_from_its_last_save(self):
+        command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --save-every 1 --steps"
+        seen = 0
+        for _ in range(2):
+            process = start(command, 100000)
+            for line in process.stdout:
+                if line.startswith(f"step {seen + 5}/"):
+                    process.kill()
+            process.communicate()
+            step = svg.load_checkpoint("runs/demo-dit/last.pt")["step"]
+            self.assertGreaterEqual(step, seen + 4)
+            seen = step
+        Path("runs/demo-dit/.last.pt.1.tmp").touch()  # what a kill in the middle of a save leaves
+        self.assertIn(f"at step {seen}", ok(command, seen + 2))
+        self.assertEqual([e["step"] for e in read_log("demo-dit")], list(range(1, seen + 3)))
+        self.assertEqual(list(Path("runs/demo-dit").glob(".*")), [])
+
+    def test_full_disk_is_one_line_and_the_checkpoint_before_it_stays(self):
+        before = self.train("full", steps=2)
+        size = os.path.getsize("runs/full/last.pt")
+        process = start(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --name full --steps 3",
+                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+        _, err = process.communicate(timeout=120)
+        self.assertEqual((process.returncode, err.count("\n")), (2, 1), err)
+        self.assertRegex(err, r"runs/full/last\.pt: not written .*the previous one is intact")
+        self.assert_same(before, svg.load_checkpoint("runs/full/last.pt"))
+        self.assertEqual(list(Path("runs/full").glob(".*")), [])
+
+    def test_old_checkpoints_go_and_milestones_stay(self):
+        self.train("run", "--save-every", 1, "--keep", 2, "--milestone-every", 3, steps=7)
+        self.assertEqual(sorted(p.name for p in Path("runs/run").glob("[0-9]*.pt")),
+                         [f"000000{i}.pt" for i in (3, 5, 6, 7)])
+
+    def test_bench_needs_nothing_and_writes_nothing(self):
+        flags = "--demo --bench 2 --batch"
+        for command in (f"train_ae {flags} 4 --gan 0.5 --accumulate 2", f"train_dit {flags} 4 --recompute",
+                        f"sample {flags}-size 4 --steps 2",
+                        "train_dit --model 1,32,2 --batch 2 --bench 1"):  # on the paper's autoencoder, not trained
+            with self.subTest(command):
+                result = json.loads(ok(command).splitlines()[-1])
+                self.assertEqual(result["script"], command.split()[0])
+                for key in ("step_seconds", "images_per_second", "tflops", "peak_gib"):
+                    self.assertGreater(result[key], 0, key)
+                self.assertEqual(os.listdir(), [])
+        block = svg.SiT({"depth": 1, "dim": 64, "heads": 2}, 8, 10, 4)
+        args = mock.Mock(bench=1, precision="fp32", compile=False)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            svg.bench(args, torch.device("cpu"), lambda n: lambda: (
+                block(torch.zeros(n, 16, 8), torch.zeros(n), torch.zeros(n, dtype=torch.long))), 3, what="block")
+        result = json.loads(out.getvalue().splitlines()[-1])
+        per_token = 8 * 64 + 12 * 64 * 64 + 2 * 16 * 64 + 64 * 8  # embedding, block, attention, head
+        per_image = (256 + 64) * 64 + (6 + 2) * 64 * 64  # timestep embedding, adaLN
+        self.assertAlmostEqual(result["tflops"] * result["step_seconds"], 3 * 2 * (16 * per_token + per_image) / 1e12,
+                               delta=0.001 * result["step_seconds"])
+
+
+class PackedData(Case):
+    def tree(self, count=20):
+        for name in ("a", "b"):
+            Path("tree", name, "deeper").mkdir(parents=True)
+            for i in range(count):
+                picture = Image.fromarray(demo.draw(i % 10, np.random.default_rng(i), 48)[0])
+                picture.resize((48, 60)).save(f"tree/{name}/{'deeper/' * (i % 2)}{i}.jpg")
+
+    def test_packed_pixels_are_those_of_the_tree_and_corrupt_images_are_left_out(self):
+        self.tree()
+        Path("tree/a/4.jpg").write_bytes(b"no picture")
+        code, out, err = run("svg pack tree packed --size 32 --workers 2")
+        self.assertEqual((code, err), (0, "warning: tree/a/4.jpg: not a readable image, left out\n"))
+        self.assertIn("39 images in packed, 1 corrupt", out)
+        self.assertEqual(sorted(os.listdir("packed")), ["classes.json", "images.npy", "labels.npy"])
+        os.remove("tree/a/4.jpg")
+        tree, packed = svg.open_data("tree", 32), svg.open_data("packed", 32)
+        self.assertIsInstance(packed, svg.Packed)
+        self.assertEqual((len(packed), packed.classes), (len(tree), tree.classes))
+        for i in range(len(tree)):
+            (a, *label), (b, *also) = tree[i, 0], packed[i, 0]
+            np.testing.assert_array_equal(a, b)
+            self.assertEqual(label, also)
+        command = DIT_DATA.replace("runs", f"{trained()}/runs") + " --model 1,32,2 --steps 2 --workers"
+        for name in ("tree", "packed"):
+            ok(command, int(name == "packed"), "--name", name, "--data", name)
+        self.assert_same(*(svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("tree", "packed")))
+
+    def test_interrupted_packing_goes_on_and_the_result_appears_whole(self):
+        self.tree(100)
+        ok("svg pack tree whole --size 16 --workers 0")
+        real, opened = svg.open_rgb, itertools.count()
+
+        def interrupted(path):
+            if next(opened) == 150:
+                raise KeyboardInterrupt
+            return real(path)
+
+        with mock.patch("svg.open_rgb", interrupted):
+            self.assertEqual(run("svg pack tree packed --size 16 --workers 0")[0], 130)
+            self.assertFalse(os.path.exists("packed"))
+            before = next(opened)
+            ok("svg pack tree packed --size 16 --workers 0")
+        self.assertLessEqual(next(opened) - before, 200 - 64 + 2)  # not from the beginning again
+        for file in os.listdir("whole"):
+            self.assertEqual(Path("whole", file).read_bytes(), Path("packed", file).read_bytes(), file)
+        self.assertFalse(os.path.exists("packed.part"))
+
+    def test_a_damaged_or_wrong_packed_set_is_refused(self):
+        self.tree(3)
+        ok("svg pack tree packed --size 32 --workers 0")
+        for command, words in (("svg pack tree packed", "packed is already there"),
+                               ("svg pack nowhere new", "nowhere: no such folder"),
+                               (f"{REAL_DATA.replace('--image-size 32 --grid 4', '--image-size 64 --grid 8')}",
+                                "packed at 32 pixels, needed at 64")):
+            command = command if command.startswith("svg") else f"train_ae {command} --data packed"
+            code, _, err = run(command)
+            self.assertEqual((code, err.count("\n")), (2, 1), err)
+            self.assertIn(words, err)
+        whole = Path("packed/images.npy").read_bytes()
+        for damaged in (whole[:200], whole[:50], b""):
+            Path("packed/images.npy").write_bytes(damaged)
+            code, _, err = run(f"train_ae {REAL_DATA} --data packed")
+            self.assertEqual((code, err.count("\n")), (2, 1), err)
+            self.assertIn("packed: not a whole packed set", err)
+
+    def test_a_tree_is_walked_once_and_again_when_it_changed(self):
+        self.tree(4)
+        self.addCleanup(mock.patch.stopall)
+        walk = mock.patch("svg.walk_tree", wraps=svg.walk_tree).start()
+        now = time.time_ns()
+        clock = mock.patch("time.time_ns", return_value=now + 10 ** 10).start()
+        first = svg.ImageFolder("tree", 32)
+        again = svg.ImageFolder(self.folder / "tree", 32)
+        self.assertEqual(walk.call_count, 1)
+        for a, b in ((first.classes, again.classes), (first.labels.tolist(), again.labels.tolist()),
+                     (first.names.tolist(), again.names.tolist())):
+            self.assertEqual(a, b)
+        self.assertEqual(sorted(os.listdir("tree")), ["a", "b"])  # nothing is written there
+        for change in (lambda: shutil.copy("tree/a/0.jpg", "tree/b/deeper/new.jpg"), lambda: os.remove("tree/a/2.jpg"),
+                       lambda: shutil.copytree("tree/a", "tree/c"), lambda: os.rename("tree/b/0.jpg", "tree/b/z.jpg")):
+            change()
+            names = svg.ImageFolder("tree", 32).names
+            self.assertEqual([os.fsdecode(n) for n in names], [
+                os.path.relpath(f, "tree") for f in svg.list_images("tree")])
+        self.assertEqual(walk.call_count, 5)
+        clock.return_value = now  # a tree that changed this very second may change again unseen
+        shutil.copy("tree/a/0.jpg", "tree/a/newer.jpg")
+        svg.ImageFolder("tree", 32)
+        svg.ImageFolder("tree", 32)
+        self.assertEqual(walk.call_count, 7)
 
 
 class BadInput(Case):
@@ -875,7 +1190,7 @@ class RealWeights(Case):
 
         def features(split, count):
             data = svg.ImageFolder(REAL / "tiny20" / split, 64)
-            labels = np.array([label for _, label in data.items])
+            labels = data.labels
             chosen = np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(20)]).tolist()
             x = svg.to_float(torch.from_numpy(np.stack([data[i, 0][0] for i in chosen])), "cpu")
             cls = torch.cat([encoder(part, grid=(8, 8), cls=True)[0] for part in x.split(50)])

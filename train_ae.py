@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import demo
 import svg
@@ -75,6 +74,20 @@ class LPIPS(nn.Module):
         return distance
 
 
+class AllReduce(torch.autograd.Function):
+    """The sum over all ranks, and in the backward pass the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return AllReduce.forward(ctx, gradient)
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the batches of all ranks, as if they were one; unlike SyncBatchNorm on CPUs too."""
 
@@ -83,7 +96,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         moments = torch.stack([mean, var + mean.square()]) / svg.world_size()
-        mean, square = dist.nn.functional.all_reduce(moments)  # differentiable
+        mean, square = AllReduce.apply(moments)
         var, n = square - mean.square(), svg.world_size() * x.numel() / x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
@@ -233,8 +246,7 @@ def main():
             module.compile(dynamic=False)
     forward, discriminate, last_layer = model, disc, model.decoder.conv_out.weight
     if svg.world_size() > 1:
-        forward, discriminate = (DistributedDataParallel(m, broadcast_buffers=False, gradient_as_bucket_view=True)
-                                 for m in (model, disc))
+        forward, discriminate = svg.data_parallel(model), svg.data_parallel(disc)
     share = args.batch // svg.world_size()
     local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
 
@@ -273,7 +285,7 @@ def main():
             images = torch.randint(256, (n, args.image_size, args.image_size, 3), dtype=torch.uint8)
             return lambda: train_step(args.disc_start, images)
 
-        return svg.bench(args, device, make, script="train_ae")
+        return svg.bench(args, device, make, args.batch, script="train_ae")
 
     plain = copy.copy(data)
     plain.random_crop = False

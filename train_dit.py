@@ -10,7 +10,6 @@ samples labelled by class as previews. The same command goes on from last.pt.
 import copy
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import demo
 import svg
@@ -96,7 +95,7 @@ def main():
             target.load_state_dict(checkpoint[key])
     if args.compile:
         svg.compile_blocks(model, ae.encoder.vit, *([ae.residual] if ae.channels > ae.encoder.dim else []))
-    velocity = DistributedDataParallel(model, gradient_as_bucket_view=True) if svg.world_size() > 1 else model
+    velocity = svg.data_parallel(model) if svg.world_size() > 1 else model
     share = args.batch // svg.world_size()
     local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
 
@@ -126,7 +125,7 @@ def main():
             images = torch.randint(256, (n, ae.image_size, ae.image_size, 3), dtype=torch.uint8)
             return lambda: train_step(1, images, torch.arange(n) % len(classes))
 
-        return svg.bench(args, device, make, script="train_dit", model=args.model)
+        return svg.bench(args, device, make, args.batch, script="train_dit", model=args.model)
 
     labels = torch.arange(16, device=device) % len(classes)
     noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
