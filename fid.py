@@ -374,12 +374,27 @@ def parse_args():
         help="write mu and sigma of the samples, for --ref or pytorch-fid; without a reference, only that")
     add("--demo", action="store_true",
         help="features of the demo's encoder instead of Inception's; without --ref, against its images")
+    svg.add_bench_flag(parser)
+    parser.set_defaults(precision="fp32", compile=False)  # other ways would give another FID
     return parser.parse_args()
+
+
+def bench(args, device):
+    """Time features and moments of synthetic images of 256 pixels, the weights being random."""
+    model = Inception().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+    def make(n):
+        images = torch.randint(256, (n, 256, 256, 3), dtype=torch.uint8)
+        return lambda: moments(inception_features(model, images, args.resize)["pool3"])
+
+    svg.bench(args, device, make, args.batch * svg.world_size(), script="fid")
 
 
 def main():
     args = parse_args()
     device = svg.setup()
+    if args.bench:
+        return bench(args, device)
     if args.save_stats and not os.path.isdir(os.path.dirname(args.save_stats) or "."):
         raise UserError(f"--save-stats {args.save_stats}: no such folder")
     ref, no_ref = args.ref, args.ref == ADM_REFERENCE

@@ -1457,7 +1457,13 @@ def add_speed_flags(parser):
     add("--precision", choices=("fp32", "tf32", "bf16"), default="bf16" if cuda else "fp32",
         help="of the models' arithmetic; weights, losses, statistics and the sampler's state are fp32")
     add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="use torch.compile")
-    add("--bench", type=positive, metavar="N", help="time N steps on synthetic data; no data, weights or run needed")
+    add_bench_flag(parser)
+
+
+def add_bench_flag(parser):
+    """--bench N, on every script that is in a hurry."""
+    parser.add_argument("--bench", type=positive, metavar="N",
+                        help="time N steps on synthetic data; no data, weights or run needed")
 
 
 def micro_batches(count, models, *tensors):

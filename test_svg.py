@@ -924,7 +924,7 @@ svg.run_main(train_dit.main)
     def test_bench_needs_nothing_and_writes_nothing(self):
         flags = "--demo --bench 2 --batch"
         for command in (f"train_ae {flags} 4 --gan 0.5 --accumulate 2", f"train_dit {flags} 4 --recompute",
-                        f"sample {flags}-size 4 --steps 2",
+                        f"sample {flags}-size 4 --steps 2", "fid --bench 1 --batch 1",
                         "train_dit --model 1,32,2 --batch 2 --bench 1"):  # on the paper's autoencoder, not trained
             with self.subTest(command):
                 result = json.loads(ok(command).splitlines()[-1])
