@@ -766,21 +766,22 @@ class Training(Case):
         self.assert_same_weights(self.train("ae", ae=True), self.train("ae-recomputed", "--recompute", ae=True))
 
     def test_two_processes_train_the_same_autoencoder(self):
-        flags = ["--gan", "0.5", "--disc-start", "1", "--residual-dropout", "0", "--lr", "0.00001", "--steps", "4", "--name"]
-        ok(MINI_AE, *flags, "one")
-        shell(MINI_AE, *flags, "two", processes=2)
-        ok(MINI_AE, *flags, "parts", "--accumulate", 2)  # where statistics are those of half a batch
+        command = MINI_AE + " --gan 0.5 --disc-start 1 --residual-dropout 0 --lr 0.000001 --steps 4 --name"
+        ok(command, "one")
+        shell(command, "two", processes=2)
+        ok(command, "parts", "--accumulate", 2)  # where statistics are those of half a batch
         one, two, parts = ([entry["l1_loss"] + entry["disc_loss"] for entry in read_log(name)]
                            for name in ("one", "two", "parts"))
         np.testing.assert_allclose(two, one, rtol=1e-5)
         self.assertGreater(np.abs(np.array(parts) - one).max(), 1e-3)
         one, two = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("one", "two"))
-        for key in ("model", "disc", "opt", "opt_disc"):  # Adam's moments are the gradients of all steps
+        # As vectors: Adam steps by the rounding noise where a gradient is 0, as of a key's bias; and with the noise some
+        # pixel's |x - y| changes sign. Adam's first moments are the gradients: without a sync they differ by 1.
+        for key, tolerance in (("model", 1e-5), ("disc", 1e-5), ("opt", 0.02), ("opt_disc", 0.02)):
             parts = zip(*([v["exp_avg"] if "opt" in key else v for v in c[key].get("state", c[key]).values()]
                           for c in (one, two)), strict=True)
-            # As vectors: Adam takes whole steps by the rounding noise where a gradient is 0, as of a key's bias.
             a, b = (torch.cat([t.double().flatten() for t in side]) for side in zip(*parts, strict=True))
-            self.assertLess((a - b).norm() / a.norm(), 1e-5, key)
+            self.assertLess((a - b).norm() / a.norm(), tolerance, key)
 
     def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(self):
         p = torch.nn.Parameter(torch.ones(3))
