@@ -1,4 +1,4 @@
-"""Every number about pictures: FID, sFID, IS, precision, recall and KID of samples, PSNR, SSIM, LPIPS of pairs.
+"""Every number about pictures: FID, sFID, IS, precision, recall, KID of samples; PSNR, SSIM, LPIPS of pairs.
 
     python fid.py samples/                                        against ADM's ImageNet 256x256 statistics
     python fid.py samples/ --ref imagenet/val --size 256          against a tree of images, centre-cropped
@@ -16,11 +16,13 @@ import functools
 import json
 import math
 import os
+import re
 import struct
 import sys
 import time
 import warnings
 import zipfile
+from collections import OrderedDict
 
 import numpy as np
 import scipy.linalg
@@ -71,8 +73,10 @@ class Images(torch.utils.data.Dataset):
             (h, w, _), (h0, w0, _) = image.shape, self.shape
             return (f"{self.source[i]} has {w}x{h} pixels, {self.source[0]} {w0}x{h0}: one size is needed; "
                     f"--size N crops every image to NxN")
-        original = self.originals[i] if self.originals else None
-        return image if original is None else original if isinstance(original, str) else np.stack([image, original])
+        if self.originals is None:
+            return image
+        original = self.originals[i]
+        return original if isinstance(original, str) else np.stack([image, original])
 
 
 def pair_up(samples, originals, partial):
@@ -86,20 +90,20 @@ def pair_up(samples, originals, partial):
         for path in images.source:
             key = os.path.splitext(os.path.relpath(path, images.name))[0]
             if key in by_key[-1]:
-                raise UserError(f"--paired: {by_key[-1][key]} and {path} are one name but for the suffix: rename one")
+                raise UserError(f"--paired: {by_key[-1][key]} and {path} differ by suffix alone: rename one")
             by_key[-1][key] = path
     if by_key:
         ours, theirs = by_key
         alone = [path for key, path in ours.items() if key not in theirs]
         alone += [path for key, path in theirs.items() if key not in ours and not partial]
         if alone:
-            raise UserError(f"--paired: {alone[0]} has no counterpart ({len(alone)} in all): pairs have one path "
-                            f"below {samples.name} and {originals.name}, but for the suffix")
+            raise UserError(f"--paired: {alone[0]} has no counterpart ({len(alone)} in all): pairs have one "
+                            f"path below {samples.name} and {originals.name}, but for the suffix")
         originals.source = [theirs[key] for key in ours]
     if len(samples) != len(originals) or samples.shape != originals.shape:
-        raise UserError(f"--paired: {len(samples)} images of {samples.shape[1]}x{samples.shape[0]} pixels in "
-                        f"{samples.name}, {len(originals)} of {originals.shape[1]}x{originals.shape[0]} in "
-                        f"{originals.name}; --size N crops every image to NxN")
+        counts = " but ".join(f"{len(s)} images of {s.shape[1]}x{s.shape[0]} pixels in {s.name}"
+                              for s in (samples, originals))
+        raise UserError(f"--paired: {counts}; --size N crops every image to NxN")
     samples.originals = originals
 
 
@@ -109,8 +113,8 @@ def collate(items):
 
 
 def map_images(path):
-    """arr_0 of an .npz, or None: memory-mapped within the archive as np.savez stores it (ADM's are 2 to 10 GB);
-    only a compressed one is read whole.
+    """arr_0 of an .npz, or None: memory-mapped within the archive, as np.savez stores it, for ADM's are 2 to
+    10 GB; only a compressed one is read whole.
     """
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as f:
@@ -122,8 +126,7 @@ def map_images(path):
             f.seek(info.header_offset + 26)  # the lengths of the name and of the extra field before the data
             f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)
             version = np.lib.format.read_magic(f)
-            header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = header(f)
+            shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
             return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
     except (OSError, ValueError, zipfile.BadZipFile, struct.error) as e:
         raise UserError(f"{path}: arr_0 is not readable ({svg.brief(e)})") from e
@@ -168,51 +171,41 @@ def open_source(path, size=0, num=0):
 
 # -- Images -> features: the Inception network of the FID, a TensorFlow graph of 2015-12-05 ----------------
 
-class ConvBN(nn.Module):
+def conv_bn(cin, cout, kernel, stride=1, same=True):
     """Convolution, batch normalisation, ReLU; padded to keep the size, or not at all (same=False)."""
-
-    def __init__(self, cin, cout, kernel, stride=1, same=True):
-        super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, [k // 2 for k in kernel] if same else 0, bias=False)
-        self.bn = nn.BatchNorm2d(cout, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+    conv = nn.Conv2d(cin, cout, kernel, stride, [k // 2 for k in kernel] if same else 0, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(cout, eps=1e-3), relu=nn.ReLU(True)))
 
 
 class Mixed(nn.Module):
     """Branches side by side, their outputs concatenated; each is a chain of convolutions (width, kernel).
 
-    A list of kernels stands for convolutions side by side in the chain. A block with a `_pool` branch keeps
-    the grid; one without ends its branches with stride 2 and adds the max-pooled input.
+    Two kernels stand for convolutions side by side in the chain. A block with a `_pool` branch keeps the
+    grid; one without ends its branches with stride 2 and adds the max-pooled input.
     """
 
     def __init__(self, cin, branches, pool="avg"):
         super().__init__()
         self.pool, self.reduce, self.chains = pool, "_pool" not in branches, {}
         for branch, chain in branches.items():
-            width, steps = cin, []
-            for i, (cout, kernels) in enumerate(chain, 1):
-                name = f"branch{branch}_{i}" if len(chain) > 1 else f"branch{branch}"
-                parts = {name: kernels}
-                if isinstance(kernels, list):
-                    parts = {name + "a": kernels[0], name + "b": kernels[1]}
-                stride = 2 if self.reduce and i == len(chain) else 1
-                for part, kernel in parts.items():
-                    self.add_module(part, ConvBN(width, cout, kernel, stride, same=stride == 1))
-                steps.append(list(parts))
+            width, self.chains[branch] = cin, []
+            for i, (cout, *kernels) in enumerate(chain, 1):
+                name, end = f"branch{branch}" + f"_{i}" * (len(chain) > 1), self.reduce and i == len(chain)
+                parts = [name] if len(kernels) == 1 else [name + "a", name + "b"]
+                for part, kernel in zip(parts, kernels, strict=True):
+                    self.add_module(part, conv_bn(width, cout, kernel, 2 if end else 1, same=not end))
+                self.chains[branch].append(parts)
                 width = cout * len(parts)
-            self.chains[branch] = steps
 
     def forward(self, x):
         out = []
-        for branch, steps in self.chains.items():
+        for branch, chain in self.chains.items():
             h = x
             if branch == "_pool":
                 h = (F.max_pool2d(x, 3, 1, 1) if self.pool == "max"
                      else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-            for parts in steps:
+            for parts in chain:
                 h = torch.cat([getattr(self, part)(h) for part in parts], 1)
             out.append(h)
         return torch.cat(out + ([F.max_pool2d(x, 3, 2)] if self.reduce else []), 1)
@@ -220,20 +213,20 @@ class Mixed(nn.Module):
 
 def mixed_blocks():
     """The blocks in order: name, input width, branches, pooling."""
+    row, column, cross = (1, 7), (7, 1), ((1, 3), (3, 1))
+
     def grid35(pool):
         return {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": [(64, 1), (96, 3), (96, 3)],
                 "_pool": [(pool, 1)]}
 
     def grid17(c):
-        row, column = (1, 7), (7, 1)
         return {"1x1": [(192, 1)], "7x7": [(c, 1), (c, row), (192, column)],
                 "7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)], "_pool": [(192, 1)]}
 
-    cross = [(1, 3), (3, 1)]
-    grid8 = {"1x1": [(320, 1)], "3x3": [(384, 1), (384, cross)], "3x3dbl": [(448, 1), (384, 3), (384, cross)],
-             "_pool": [(192, 1)]}
+    grid8 = {"1x1": [(320, 1)], "3x3": [(384, 1), (384, *cross)],
+             "3x3dbl": [(448, 1), (384, 3), (384, *cross)], "_pool": [(192, 1)]}
     to17 = {"3x3": [(384, 3)], "3x3dbl": [(64, 1), (96, 3), (96, 3)]}
-    to8 = {"3x3": [(192, 1), (320, 3)], "7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]}
+    to8 = {"3x3": [(192, 1), (320, 3)], "7x7x3": [(192, 1), (192, row), (192, column), (192, 3)]}
     return [("5b", 192, grid35(32)), ("5c", 256, grid35(64)), ("5d", 288, grid35(64)), ("6a", 288, to17),
             ("6b", 768, grid17(128)), ("6c", 768, grid17(160)), ("6d", 768, grid17(160)),
             ("6e", 768, grid17(192)), ("7a", 768, to8), ("7b", 1280, grid8), ("7c", 2048, grid8, "max")]
@@ -248,11 +241,11 @@ class Inception(nn.Module):
 
     def __init__(self, fc=True):
         super().__init__()
-        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2, same=False)
-        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, same=False)
-        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
-        self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, same=False)
+        self.Conv2d_1a_3x3 = conv_bn(3, 32, 3, stride=2, same=False)
+        self.Conv2d_2a_3x3 = conv_bn(32, 32, 3, same=False)
+        self.Conv2d_2b_3x3 = conv_bn(32, 64, 3)
+        self.Conv2d_3b_1x1 = conv_bn(64, 80, 1)
+        self.Conv2d_4a_3x3 = conv_bn(80, 192, 3, same=False)
         for name, *config in mixed_blocks():
             self.add_module(f"Mixed_{name}", Mixed(*config))
         self.fc = nn.Linear(2048, 1008) if fc else None
@@ -368,7 +361,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def inception_score(logits, splits=10):
-    """exp E KL(p(y|x) || p(y)) over `splits` parts in order: (mean, standard deviation) (Salimans et al. 2016).
+    """exp E KL(p(y|x) || p(y)) of `splits` parts in order: mean, standard deviation (Salimans et al. 2016).
 
     logits: [N, classes], N >= splits.
     """
@@ -407,8 +400,10 @@ def covered(x, centres, radii):
 
 
 def precision_recall(real, fake, k=3):
-    """(precision, recall) of features [N, D], [M, D] (Kynkaanniemi et al. 2019): the share of fake images within
-    the k-th neighbour's distance of some real one, and the other way round. UserError for k images or fewer.
+    """(precision, recall) of features [N, D], [M, D] (Kynkaanniemi et al. 2019).
+
+    Precision is the share of fake images within the distance to the k-th neighbour of some real one, recall
+    the other way round. UserError for k images or fewer.
     """
     real, fake = torch.as_tensor(real), torch.as_tensor(fake)
     if min(len(real), len(fake)) <= k:
@@ -425,9 +420,12 @@ def kernel_distance(real, fake):
     dim = real.shape[1]
 
     def mean(a, b):  # of the kernel; within one set, over the pairs of different images
-        total = sum(((x.double() @ y.double().T / dim + 1) ** 3).sum() for x in a.split(BLOCK) for y in b.split(BLOCK))
-        own = sum(((x.double().square().sum(1) / dim + 1) ** 3).sum() for x in a.split(BLOCK)) if a is b else 0
-        return (total - own) / (len(a) * (len(b) - (a is b)))
+        total = 0
+        for x in a.split(BLOCK):
+            total = total + sum(((x.double() @ y.double().T / dim + 1) ** 3).sum() for y in b.split(BLOCK))
+            if a is b:
+                total = total - ((x.double().square().sum(1) / dim + 1) ** 3).sum()
+        return total / (len(a) * (len(b) - (a is b)))
 
     return (mean(real, real) + mean(fake, fake) - 2 * mean(real, fake)).item()
 
@@ -436,7 +434,7 @@ def expected_bias(sigma, counts):
     """The Frechet distance, to second order, of sets of `counts` images that differ by chance alone.
 
     A mean of n draws adds tr(sigma) / n, a covariance sum_ij (1 + d_ij) l_i l_j / (l_i + l_j) / 2n with the
-    eigenvalues l of sigma; a rough guide where n is below the number of dimensions.
+    eigenvalues l of sigma. Too low, up to half, if sigma itself is of fewer images than dimensions.
     """
     values = np.linalg.eigvalsh(sigma).clip(1e-30)
     pairs = values[:, None] * values / (values[:, None] + values)
@@ -477,8 +475,8 @@ def ssim(a, b):
 # -- The command -------------------------------------------------------------------------------------------
 
 def inception(args, device):
-    """extract(uint8 images [B, H, W, 3]) -> dict of features [B, 2048], spatial [B, 2023] and, if the weights have
-    the classifier, logits [B, 1008]; the protocol in words; the distance's name.
+    """extract(uint8 images [B, H, W, 3]) -> dict of features [B, 2048], spatial [B, 2023] and, if the weights
+    have the classifier, logits [B, 1008]; the protocol in words; the distance's name.
     """
     model = load_inception(svg.fetch_weights(INCEPTION, args.weights)).to(device)
     model.to(memory_format=torch.channels_last)  # 1.6 times the speed on a CPU
@@ -522,8 +520,9 @@ def batches(images, args, device):
     mine = torch.utils.data.Subset(images, range(count * rank // world, count * (rank + 1) // world))
     start, done, tty = time.time(), 0, sys.stderr.isatty()
     shown = start
-    for batch in torch.utils.data.DataLoader(mine, args.batch, num_workers=args.workers if images.files else 0,
-                                             collate_fn=collate, pin_memory=device.type == "cuda"):
+    workers = args.workers if images.files else 0  # an array needs no decoding
+    for batch in torch.utils.data.DataLoader(mine, args.batch, num_workers=workers, collate_fn=collate,
+                                             pin_memory=device.type == "cuda"):
         if isinstance(batch, str):
             raise UserError(batch)
         yield batch.to(device, non_blocking=True)
@@ -531,14 +530,16 @@ def batches(images, args, device):
         last = done == len(mine)
         if rank == 0 and (last or now - shown > (1 if tty else 10)):
             shown = now
-            print(f"{images.name}: {count if last else done * world}/{count} images  {done * world / (now - start):.1f} "
-                  "images/s", end="\r" if tty and not last else "\n", file=sys.stderr, flush=True)
+            print(f"{images.name}: {count if last else done * world}/{count} images  "
+                  f"{done * world / (now - start):.1f} images/s", end="\r" if tty and not last else "\n",
+                  file=sys.stderr, flush=True)
 
 
 def measure(source, extract, protocol, args, device):
-    """Add to a source what its images tell, on rank 0: num, protocol, mu, sigma, mu_s, sigma_s; features, logits.
+    """Add to a source what its images tell: num, protocol, mu, sigma, mu_s, sigma_s, features, logits.
 
-    Statistics that came with it stay: ADM's are of the whole training set, its images 10,000 of them.
+    Rank 0 gets all processes'. Statistics that came with it stay: ADM's are of the whole training set, its
+    images 10,000 of that.
     """
     if "images" not in source:
         return source
@@ -558,7 +559,8 @@ def measure(source, extract, protocol, args, device):
         if found:
             n, mean, scatter = functools.reduce(merge_moments, found)
             if not scatter.isfinite().all():
-                raise UserError(f"{source['name']}: features are not finite; are the weights damaged? ({protocol})")
+                raise UserError(f"{source['name']}: features are not finite; are the weights damaged? "
+                                f"({protocol})")
             measured |= {"num": n, "protocol": protocol, f"mu{suffix}": mean.numpy(),
                          f"sigma{suffix}": (scatter / (n - 1)).numpy()}
     return {**source, **measured}
@@ -580,12 +582,12 @@ def compare(fake, real, name, device):
         else:
             numbers["sFID"] = distance("_s")
         if logits is None:
-            missing["IS"] = "no classifier (fc) in the weights" if "images" in fake else f"no images in {fake['name']}"
+            missing["IS"] = "no classifier (fc) in the weights" if "images" in fake else "no images of it"
         elif len(logits) < 10:
             missing["IS"] = "fewer than 10 images"
         else:
             if fake["images"].files and len({os.path.dirname(path) for path in fake["images"].source}) > 1:
-                logits = torch.cat([logits[i::10] for i in range(10)])  # or each split would hold few class folders
+                logits = torch.cat([logits[i::10] for i in range(10)])  # else each split had few classes
             numbers["IS"], numbers["IS_std"] = inception_score(logits)
     without = [s["name"] for s in (fake, real) if "features" not in s]
     if without or min(len(fake["features"]), len(real["features"])) < 4:
@@ -598,7 +600,7 @@ def compare(fake, real, name, device):
 
 
 def compare_pairs(images, args, device):
-    """Images with originals -> PSNR, SSIM, LPIPS (VGG16), each with its standard deviation, and what is missing."""
+    """Images with originals -> PSNR, SSIM, LPIPS (VGG16) with standard deviations, and what is missing."""
     lpips, scores = None, []
     if not args.demo:
         import train_ae
@@ -619,11 +621,14 @@ def compare_pairs(images, args, device):
 
 def write(path, flag, save):
     """Write a file as a whole or not at all; UserError names the flag."""
+    temporary = f"{path}.tmp"
     try:
-        with open(f"{path}.tmp", "wb") as f:
+        with open(temporary, "wb") as f:
             save(f)
-        os.replace(f"{path}.tmp", path)
+        os.replace(temporary, path)
     except OSError as e:
+        if os.path.exists(temporary):
+            os.remove(temporary)
         raise UserError(f"{flag} {path}: could not be written ({e.strerror})") from e
 
 
@@ -632,25 +637,25 @@ def parse_args():
     add = parser.add_argument
     add("samples", nargs="?", default="samples/",
         help="folder of images (of any depth), or .npz with arr_0 (uint8 [N, H, W, 3]) or with mu and sigma")
-    add("--ref", help="what to compare with, of the same kinds; a bare name is also looked for in the weights folder "
-        f"(default: {ADM_REFERENCE} there, downloaded on first use: 2 GB)")
+    add("--ref", help="what to compare with, of the same kinds; a bare name is also looked for in the "
+        f"weights folder (default: {ADM_REFERENCE} there, 2 GB, downloaded on first use)")
     add("--protocol", choices=("adm", "pytorch-fid"), default="adm",
         help="resize to Inception's 299 pixels as ADM's evaluator (TensorFlow 1) or as pytorch-fid does it")
-    add("--features", metavar="FILE", help="FD in the CLS token of this encoder, a file in the weights folder or a path, "
-        "instead of Inception's features")
-    add("--paired", action="store_true", help="samples are reconstructions of --ref, of the same relative paths but for "
-        "the suffix (arrays: in the same order): rFID, PSNR, SSIM, LPIPS")
+    add("--features", metavar="FILE",
+        help="instead of Inception's, the CLS token of this encoder: a file in the weights folder, or a path")
+    add("--paired", action="store_true", help="rFID, PSNR, SSIM and LPIPS of reconstructions of --ref, "
+        "paired by relative path without suffix (arrays: by index)")
     add("--size", type=svg.not_negative, default=0, metavar="N",
-        help="pixels: first centre-crop every image to NxN as ADM does; 0: as they are, all of one size (--paired: "
-        "only --ref, to the samples' size)")
+        help="pixels: first centre-crop every image to NxN as ADM does; 0: as they are, all of one size "
+        "(--paired: --ref to the samples' size)")
     add("--num", type=svg.not_negative, default=0, metavar="N",
         help="images: score exactly the first N of the samples, sorted by path; 0: all")
     add("--batch", type=svg.positive, default=64, help="images per step; the result does not depend on it")
     add("--workers", type=svg.not_negative, default=min(4, os.cpu_count() or 1),
         help="processes that decode images, per process that measures; 0: this one does")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-    add("--save-stats", metavar="OUT.npz", help="write mu and sigma of the samples, for --ref or pytorch-fid, and mu_s "
-        "and sigma_s; without --ref, only that")
+    add("--save-stats", metavar="OUT.npz",
+        help="write the samples' statistics, for --ref, pytorch-fid or ADM; without --ref, only that")
     add("--json", metavar="OUT.json", help="write the numbers and what they were measured on")
     add("--demo", action="store_true",
         help="features of the demo's encoder instead of Inception's; without --ref, against its images")
@@ -660,7 +665,7 @@ def parse_args():
             raise UserError(f"{flag} {path}: no such folder")
     for flag in ("paired", "features"):
         if getattr(args, flag) and not args.ref and not (args.save_stats and flag == "features"):
-            raise UserError(f"--{flag} needs --ref: ADM's file holds Inception's statistics of the training set")
+            raise UserError(f"--{flag} needs --ref: ADM's file holds Inception's statistics alone")
     return args
 
 
@@ -687,7 +692,7 @@ def main():
     samples = open_source(args.samples, args.size, args.num)
     reference = open_reference(args, samples)
     sources = [s for s in (samples, reference) if s]
-    extract, protocol, name = None, None, "FD-demo-encoder" if args.demo else "FID"
+    extract, protocol, name = None, None, None
     if any("images" in s for s in sources):
         extract, protocol, name = (encoder if args.demo or args.features else inception)(args, device)
     for s in sources:
@@ -698,6 +703,7 @@ def main():
                 raise UserError(f"{s['name']} was measured by another protocol: {own}, not {protocol}")
             if not own and args.features:
                 raise UserError(f"{s['name']}: holds statistics of unknown features; --features takes images")
+    name = name or ("FID" if INCEPTION in (protocol or INCEPTION) else "FD")  # FD of saved statistics
 
     paired = None
     if args.paired:
@@ -718,20 +724,22 @@ def main():
         return
     numbers, missing = paired or compare(fake, real, name, device)
     if paired:
-        numbers = {f"r{name}": frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"]), **numbers}
+        distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
+        numbers = {f"r{name}": distance, **numbers}
     counts = [s["num"] for s in (fake, real) if "num" in s]
     if not args.demo and min(counts, default=10000) < 10000:
-        warnings.warn(f"{name} of fewer than 10,000 images is biased upward, here by about "
-                      f"{expected_bias(real['sigma'], counts):.3g}; compare it only at equal numbers")
+        chance = "" if paired else f", here by about {expected_bias(real['sigma'], counts):.3g} or more"
+        warnings.warn(f"{name} of fewer than 10,000 images is biased upward{chance}; compare it only at "
+                      "equal numbers")
     if args.json:
         result = {**{k: v if math.isfinite(v) else None for k, v in numbers.items()}, "protocol": protocol,
                   "samples": fake["name"], "num": fake.get("num"), "reference": real["name"],
                   "reference_num": real.get("num"), "not_measured": missing}
         write(args.json, "--json", lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
-    shown = [f"{k} {v:.{6 if k == 'KID' else 4}f}" + (f" +- {numbers[k + '_std']:.4f}" if k + "_std" in numbers else "")
-             for k, v in numbers.items() if not k.endswith("_std")]
-    sides = " against ".join(f"{s['num']} images of {s['name']}" if "num" in s else s["name"] for s in (fake, real))
-    print(f"{'  '.join(shown)}  ({sides}, {protocol or 'saved statistics'})")
+    shown = "  ".join(f"{k} {v:.{6 if k == 'KID' else 4}f}" for k, v in numbers.items())
+    sides = " against ".join(
+        f"{s['num']} images of {s['name']}" if "num" in s else s["name"] for s in (fake, real))
+    print(re.sub(r"  \w+_std ", " +- ", f"{shown}  ({sides}, {protocol or 'saved statistics'})"))
     if missing:
         print("not measured: " + "; ".join(f"{k} ({v})" for k, v in missing.items()))
 
