@@ -1107,6 +1107,25 @@ class RealWeights(Case):
         self.assertEqual((answers["pool3"].shape, answers["logits"]), ((1, 2048), None))
         self.assertGreater(answers["pool3"].mean(), 0.1)
 
+    def test_dinov2_distance_and_lpips_of_real_files(self):
+        for i, file in enumerate(svg.list_images(REAL / "tiny20/val")[:12]):
+            os.makedirs("val/a", exist_ok=True)
+            os.makedirs("recon/a", exist_ok=True)
+            image = svg.open_rgb(file)
+            image.save(f"val/a/{i}.png")
+            image.save(f"recon/a/{i}.jpg", quality=20)
+        where = f"--weights {REAL / 'weights'} --workers 0 --json out.json"
+        code, out, err = run(f"fid recon --ref val --features dinov2_vits14_pretrain.pth {where}")
+        self.assertEqual(code, 0, err)
+        self.assertRegex(out, "FD-dinov2_vits14 .*CLS token of dinov2_vits14_pretrain.pth on 16x16 patches")
+        self.assertRegex(run(f"fid recon --ref val --paired {where}")[1], r"rFID .*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
+        found, lpips = json.loads(Path("out.json").read_text()), train_ae.LPIPS(REAL / "weights/vgg16-397923af.pth")
+        pairs = [[svg.to_float(torch.from_numpy(np.asarray(svg.open_rgb(f)).copy())[None], "cpu")
+                  for f in (f"val/a/{i}.png", f"recon/a/{i}.jpg")] for i in range(12)]
+        one_by_one = torch.cat([lpips(*pair) for pair in pairs])
+        self.close((found["LPIPS"], found["LPIPS_std"]), (one_by_one.mean().item(), one_by_one.std(correction=0).item()))
+        self.assertEqual(found["not_measured"], {})
+
 
 if __name__ == "__main__":
     unittest.main()
