@@ -553,7 +553,8 @@ def measure(source, extract, protocol, args, device):
                 total[key] = merge_moments(total[key], new) if key in total else new
     parts = gather(({key: (n, mean.cpu(), scatter.cpu()) for key, (n, mean, scatter) in total.items()},
                     {key: torch.cat(values).cpu() for key, values in kept.items() if values}))
-    measured = {key: torch.cat([p[key] for _, p in parts if key in p]) for key in parts[0][1]}
+    measured = {key: torch.cat([p[key] for _, p in parts if key in p])
+                for key in kept if any(key in p for _, p in parts)}  # a process may have had no image
     for key, suffix in (("features", ""), ("spatial", "_s")) if "mu" not in source else ():
         found = [p[key] for p, _ in parts if key in p]
         if found:
@@ -611,8 +612,8 @@ def compare_pairs(images, args, device):
         with torch.inference_mode():
             rows += [lpips(svg.to_float(b, device), svg.to_float(a, device))] if lpips else []
         scores.append(torch.stack([row.cpu().double() for row in rows], 1))
-    scores = torch.cat([part for parts in gather(scores) for part in parts]).numpy()
-    numbers = {}
+    scores = [part for parts in gather(scores) for part in parts]
+    scores, numbers = torch.cat(scores or [torch.zeros(1, 0)]).numpy(), {}
     for key, column in zip(("PSNR", "SSIM", "LPIPS"), scores.T, strict=False):
         finite = np.isfinite(column).all()  # PSNR is infinite for an exact copy
         numbers |= {key: float(column.mean()), f"{key}_std": float(column.std()) if finite else math.nan}
