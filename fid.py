@@ -1,31 +1,41 @@
-"""Every number about pictures: FID of a folder of images against a reference, by ADM's or pytorch-fid's rule.
+"""Every number about pictures: FID, sFID, IS, precision, recall, KID of samples; PSNR, SSIM, LPIPS of pairs.
 
     python fid.py samples/                                        against ADM's ImageNet 256x256 statistics
     python fid.py samples/ --ref imagenet/val --size 256          against a tree of images, centre-cropped
-    python fid.py samples.npz --ref other.npz --resize pytorch    arr_0 (uint8 images) or mu and sigma
+    python fid.py samples.npz --ref stats.npz --json out.json     arr_0 (uint8 images) and/or mu and sigma
+    python fid.py reconstructions/ --ref imagenet/val --paired    rFID, PSNR, SSIM, LPIPS
+    python fid.py samples/ --ref val/ --features dinov2_vits14_pretrain.pth       FD in its CLS token
     python fid.py imagenet/val --size 256 --save-stats val.npz    statistics once, for --ref val.npz later
+    torchrun --nproc_per_node=8 -- fid.py samples/                the same numbers, the images shared out
     python fid.py samples/ --demo                                 in the demo's encoder, with no download
 
 FID is comparable only within one protocol: the same resize, Inception weights, reference and number of images
-(50,000 as a rule). ADM's evaluator and its reference statistics go with the default, `--resize tf1`.
+(50,000 as a rule). ADM's evaluator and its reference statistics go with the default, `--protocol adm`.
 """
+import functools
+import json
+import math
 import os
+import re
+import struct
 import sys
 import time
+import warnings
 import zipfile
 
 import numpy as np
+import scipy.linalg
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 import svg
+from inception import Inception, inception_features, load_inception
 from svg import UserError
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
-ADM_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256/{ADM_REFERENCE}"
 
 
 # -- Images: a folder or an .npz -> uint8 [H, W, 3] --------------------------------------------------------
@@ -33,12 +43,14 @@ ADM_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_ba
 class Images(torch.utils.data.Dataset):
     """Images of one size from `source`, a list of paths or an array uint8 [N, H, W, 3].
 
-    Item -> uint8 [H, W, 3], centre-cropped the ADM way to `size` pixels if that is given; or, as text, what
-    is wrong with it, for an exception that leaves a DataLoader's worker has a stack trace for its message.
+    Item -> uint8 [H, W, 3], centre-cropped the ADM way to `size` pixels if that is given; with `originals`,
+    Images too, the pair [2, H, W, 3]. Or, as text, what is wrong with it, for an exception that leaves a
+    DataLoader's worker has a stack trace for its message.
     """
 
-    def __init__(self, name, source, size=None):
-        self.name, self.source, self.size = name, source, size
+    def __init__(self, name, source, size=0):
+        self.name, self.source, self.size, self.originals = name, source, size, None
+        self.files = isinstance(source, list)
         self.shape = self.load(0).shape
 
     def __len__(self):
@@ -46,7 +58,9 @@ class Images(torch.utils.data.Dataset):
 
     def load(self, i):
         item = self.source[i]
-        image = svg.open_rgb(item) if isinstance(item, str) else Image.fromarray(item)
+        if not self.files and not self.size:
+            return item
+        image = svg.open_rgb(item) if self.files else Image.fromarray(item)
         return svg.crop(image, self.size) if self.size else np.asarray(image)
 
     def __getitem__(self, i):
@@ -58,7 +72,38 @@ class Images(torch.utils.data.Dataset):
             (h, w, _), (h0, w0, _) = image.shape, self.shape
             return (f"{self.source[i]} has {w}x{h} pixels, {self.source[0]} {w0}x{h0}: one size is needed; "
                     f"--size N crops every image to NxN")
-        return image
+        if self.originals is None:
+            return image
+        original = self.originals[i]
+        return original if isinstance(original, str) else np.stack([image, original])
+
+
+def pair_up(samples, originals, partial):
+    """Give samples their originals: files by relative path without suffix, arrays by index.
+
+    UserError names a file without its counterpart; partial: originals may be left over.
+    """
+    by_key = []
+    for images in (samples, originals) if samples.files and originals.files else ():
+        by_key.append({})
+        for path in images.source:
+            key = os.path.splitext(os.path.relpath(path, images.name))[0]
+            if key in by_key[-1]:
+                raise UserError(f"--paired: {by_key[-1][key]} and {path} differ by suffix alone: rename one")
+            by_key[-1][key] = path
+    if by_key:
+        ours, theirs = by_key
+        alone = [path for key, path in ours.items() if key not in theirs]
+        alone += [path for key, path in theirs.items() if key not in ours and not partial]
+        if alone:
+            raise UserError(f"--paired: {alone[0]} has no counterpart ({len(alone)} in all): pairs have one "
+                            f"path below {samples.name} and {originals.name}, but for the suffix")
+        originals.source = [theirs[key] for key in ours]
+    if len(samples) != len(originals) or samples.shape != originals.shape:
+        counts = " but ".join(f"{len(s)} images of {s.shape[1]}x{s.shape[0]} pixels in {s.name}"
+                              for s in (samples, originals))
+        raise UserError(f"--paired: {counts}; --size N crops every image to NxN")
+    samples.originals = originals
 
 
 def collate(items):
@@ -66,199 +111,75 @@ def collate(items):
     return next((i for i in items if isinstance(i, str)), None) or torch.from_numpy(np.stack(items))
 
 
-def open_source(path, size=None, num=None):
-    """Images of a folder (any depth, sorted by path) or of an .npz (arr_0), or the statistics of an .npz.
-
-    size: pixels, as in Images; num: only the first so many images. Statistics: a dict of mu [D], sigma [D, D]
-    and, if they were written here, num and protocol. UserError for anything else.
+def map_images(path):
+    """arr_0 of an .npz, or None: memory-mapped within the archive, as np.savez stores it, for ADM's are 2 to
+    10 GB; only a compressed one is read whole.
     """
-    if os.path.isdir(path):
-        source = svg.list_images(path)
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as f:
+            if "arr_0.npy" not in archive.namelist():
+                return None
+            info = archive.getinfo("arr_0.npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                return svg.load_npz(path, ("arr_0",))["arr_0"]
+            f.seek(info.header_offset + 26)  # the lengths of the name and of the extra field before the data
+            f.seek(sum(struct.unpack("<HH", f.read(4))), os.SEEK_CUR)
+            version = np.lib.format.read_magic(f)
+            shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(f)
+            return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+    except (OSError, ValueError, zipfile.BadZipFile, struct.error) as e:
+        raise UserError(f"{path}: arr_0 is not readable ({svg.brief(e)})") from e
+
+
+def open_source(path, size=0, num=0):
+    """What a folder of images (any depth, sorted by path), a packed set or an .npz holds, as a dict.
+
+    name; images: Images of the folder or of arr_0; of an .npz also mu [D], sigma [D, D], mu_s and sigma_s (of
+    the spatial features) and, if they were written here, num and protocol. size: pixels, as in Images; num:
+    only the first so many images. UserError for anything else.
+    """
+    found = {"name": str(path)}
+    if os.path.exists(os.path.join(path, "images.npy")):
+        images = svg.Packed(path).images
+    elif os.path.isdir(path):
+        images = svg.list_images(path)
     elif not os.path.exists(path):
-        adm = os.path.basename(path) == ADM_REFERENCE
-        raise UserError(f"{path}: no such folder or .npz file" + (
-            f"; download it from {ADM_URL}, or name another reference by --ref" if adm else ""))
+        raise UserError(f"{path}: no such folder or .npz file")
     elif not zipfile.is_zipfile(path):
         raise UserError(f"{path}: no folder of images, and no .npz file that is whole")
     else:
-        arrays = svg.load_npz(path, ("mu", "sigma", "num", "protocol"))  # not ADM's 2 GB of images beside them
+        arrays = svg.load_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "num", "protocol"))
+        images = map_images(path)
         if "mu" in arrays and "sigma" in arrays:
+            found |= {k: v.item() if v.ndim == 0 else v for k, v in arrays.items()}
+            if not all(np.isfinite(v).all() for k, v in arrays.items() if k != "protocol"):
+                raise UserError(f"{path}: mu or sigma is not finite")
             if num:
                 raise UserError(f"{path}: holds statistics, so --num {num} cannot choose among its images")
-            stats = {"name": str(path), **{k: arrays.get(k) for k in ("mu", "sigma", "num", "protocol")}}
-            if not np.isfinite(stats["mu"]).all() or not np.isfinite(stats["sigma"]).all():
-                raise UserError(f"{path}: mu or sigma is not finite")
-            return stats
-        source = svg.load_npz(path, ("arr_0",)).get("arr_0")
-        if source is None:
+        elif images is None:
             raise UserError(f"{path}: holds neither mu and sigma nor images (arr_0)")
-        if source.dtype != np.uint8 or source.ndim != 4 or source.shape[-1] != 3:
-            raise UserError(f"{path}: arr_0 is {source.dtype} {list(source.shape)}, not uint8 [N, H, W, 3]")
-    if num and len(source) < num:
-        raise UserError(f"{path}: {len(source)} images, fewer than --num {num}")
-    source = source[:num or None]
-    if len(source) < 2:
-        raise UserError(f"{path}: {len(source)} images found; a covariance takes at least 2")
-    return Images(str(path), source, size)
+        if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
+            raise UserError(f"{path}: arr_0 is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]")
+    if images is None:
+        return found
+    if num and len(images) < num:
+        raise UserError(f"{path}: {len(images)} images, fewer than --num {num}")
+    images = images[:num or None]
+    if len(images) < 2:
+        raise UserError(f"{path}: {len(images)} images found; a covariance takes at least 2")
+    return {**found, "images": Images(str(path), images, size)}
 
 
-# -- Images -> features: the Inception network of the FID, a TensorFlow graph of 2015-12-05 ----------------
+# -- Features -> moments -> distances between two sets -----------------------------------------------------
 
-class ConvBN(nn.Module):
-    """Convolution, batch normalisation, ReLU; padded to keep the size, or not at all (same=False)."""
+def float64(x):
+    """In double precision: on the device, or on the CPU where the device has none (MPS)."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
 
-    def __init__(self, cin, cout, kernel, stride=1, same=True):
-        super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, [k // 2 for k in kernel] if same else 0, bias=False)
-        self.bn = nn.BatchNorm2d(cout, eps=1e-3)
-
-    def forward(self, x):
-        return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-class Mixed(nn.Module):
-    """Branches side by side, their outputs concatenated; each is a chain of convolutions (width, kernel).
-
-    A list of kernels stands for convolutions side by side in the chain. A block with a `_pool` branch keeps
-    the grid; one without ends its branches with stride 2 and adds the max-pooled input.
-    """
-
-    def __init__(self, cin, branches, pool="avg"):
-        super().__init__()
-        self.pool, self.reduce, self.chains = pool, "_pool" not in branches, {}
-        for branch, chain in branches.items():
-            width, steps = cin, []
-            for i, (cout, kernels) in enumerate(chain, 1):
-                name = f"branch{branch}_{i}" if len(chain) > 1 else f"branch{branch}"
-                parts = {name: kernels}
-                if isinstance(kernels, list):
-                    parts = {name + "a": kernels[0], name + "b": kernels[1]}
-                stride = 2 if self.reduce and i == len(chain) else 1
-                for part, kernel in parts.items():
-                    self.add_module(part, ConvBN(width, cout, kernel, stride, same=stride == 1))
-                steps.append(list(parts))
-                width = cout * len(parts)
-            self.chains[branch] = steps
-
-    def forward(self, x):
-        out = []
-        for branch, steps in self.chains.items():
-            h = x
-            if branch == "_pool":
-                h = (F.max_pool2d(x, 3, 1, 1) if self.pool == "max"
-                     else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-            for parts in steps:
-                h = torch.cat([getattr(self, part)(h) for part in parts], 1)
-            out.append(h)
-        return torch.cat(out + ([F.max_pool2d(x, 3, 2)] if self.reduce else []), 1)
-
-
-def mixed_blocks():
-    """The blocks in order: name, input width, branches, pooling."""
-    def grid35(pool):
-        return {"1x1": [(64, 1)], "5x5": [(48, 1), (64, 5)], "3x3dbl": [(64, 1), (96, 3), (96, 3)],
-                "_pool": [(pool, 1)]}
-
-    def grid17(c):
-        row, column = (1, 7), (7, 1)
-        return {"1x1": [(192, 1)], "7x7": [(c, 1), (c, row), (192, column)],
-                "7x7dbl": [(c, 1), (c, column), (c, row), (c, column), (192, row)], "_pool": [(192, 1)]}
-
-    cross = [(1, 3), (3, 1)]
-    grid8 = {"1x1": [(320, 1)], "3x3": [(384, 1), (384, cross)], "3x3dbl": [(448, 1), (384, 3), (384, cross)],
-             "_pool": [(192, 1)]}
-    to17 = {"3x3": [(384, 3)], "3x3dbl": [(64, 1), (96, 3), (96, 3)]}
-    to8 = {"3x3": [(192, 1), (320, 3)], "7x7x3": [(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)]}
-    return [("5b", 192, grid35(32)), ("5c", 256, grid35(64)), ("5d", 288, grid35(64)), ("6a", 288, to17),
-            ("6b", 768, grid17(128)), ("6c", 768, grid17(160)), ("6d", 768, grid17(160)),
-            ("6e", 768, grid17(192)), ("7a", 768, to8), ("7b", 1280, grid8), ("7c", 2048, grid8, "max")]
-
-
-class Inception(nn.Module):
-    """Inception v3 as FID uses it; parameter names are those of pytorch-fid's file.
-
-    It differs from torchvision's: average pools do not count the padding, the last block pools by maximum,
-    and there are 1008 classes. fc=False: without the classifier.
-    """
-
-    def __init__(self, fc=True):
-        super().__init__()
-        self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2, same=False)
-        self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, same=False)
-        self.Conv2d_2b_3x3 = ConvBN(32, 64, 3)
-        self.Conv2d_3b_1x1 = ConvBN(64, 80, 1)
-        self.Conv2d_4a_3x3 = ConvBN(80, 192, 3, same=False)
-        for name, *config in mixed_blocks():
-            self.add_module(f"Mixed_{name}", Mixed(*config))
-        self.fc = nn.Linear(2048, 1008) if fc else None
-
-    def forward(self, x):
-        """Normalised images [B, 3, 299, 299] -> pool3 [B, 2048]."""
-        for name, layer in self.named_children():
-            if name in ("Conv2d_3b_1x1", "Mixed_5b"):
-                x = F.max_pool2d(x, 3, 2)
-            if name != "fc":
-                x = layer(x)
-        return x.mean((2, 3))
-
-
-def load_inception(path):
-    """The FID Inception from `pt_inception-2015-12-05-6726825d.pth`, in eval mode on the CPU.
-
-    The classifier (fc.weight and fc.bias) may be absent; then there are features, but no logits. UserError
-    for a missing or damaged file and for any tensor that does not fit.
-    """
-    weights = svg.load_checkpoint(path)
-    model = Inception(fc="fc.weight" in weights or "fc.bias" in weights)
-    svg.strict_load(model, weights, path, "the FID Inception")
-    return model.eval().requires_grad_(False)
-
-
-def tf1_resize_matrix(n, size=299):
-    """[size, n]: linear interpolation as TensorFlow 1 did it, source position = target position * n / size.
-
-    No half-pixel offset and no antialiasing: the picture shifts by a fraction of a pixel, and the published
-    statistics have that shift in them.
-    """
-    position = np.arange(size, dtype=np.float32) * np.float32(n / size)
-    low = position.astype(np.int64)
-    matrix = np.zeros((size, n), np.float32)
-    np.add.at(matrix, (np.arange(size), low), 1 - (position - low))
-    np.add.at(matrix, (np.arange(size), np.minimum(low + 1, n - 1)), position - low)
-    return matrix
-
-
-@torch.inference_mode()
-def inception_features(model, images, resize="tf1"):
-    """uint8 images [B, H, W, 3] -> dict of float32 pool3 [B, 2048], logits_unbiased and logits [B, 1008].
-
-    resize: "tf1" as ADM's evaluator (TensorFlow 1, input (x - 128) / 128) or "pytorch" as pytorch-fid
-    (half-pixel bilinear, input 2x/255 - 1). The Inception Score takes the logits without bias; both are None
-    if the weights have no `fc`. UserError for another resize.
-    """
-    device = next(model.parameters()).device
-    x = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float()  # [B, 3, H, W]
-    if resize == "tf1":
-        rows, columns = (torch.from_numpy(tf1_resize_matrix(n)).to(device) for n in x.shape[-2:])
-        x = (rows @ x @ columns.T - 128) / 128
-    elif resize == "pytorch":
-        x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 255 - 1
-    else:
-        raise UserError(f"resize '{resize}' is neither tf1 nor pytorch")
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        pool3 = model(x)
-    if model.fc is None:
-        return {"pool3": pool3, "logits_unbiased": None, "logits": None}
-    logits = pool3 @ model.fc.weight.T
-    return {"pool3": pool3, "logits_unbiased": logits, "logits": logits + model.fc.bias}
-
-
-# -- Features -> moments -> distance -----------------------------------------------------------------------
 
 def moments(features):
     """Features [B, D] -> (count, mean [D], scatter [D, D]), float64; covariance = scatter / (count - 1)."""
-    features = features.cpu().double() if features.device.type == "mps" else features.double()
+    features = float64(features)
     mean = features.mean(0)
     return len(features), mean, (features - mean).T @ (features - mean)
 
@@ -281,102 +202,339 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise UserError("a mean or covariance is not finite")
 
-    def root(sigma):  # R with sigma = R R^T; an eigenvalue 1e-16 that should be 0 would enter as 1e-8
-        values, vectors = np.linalg.eigh(sigma)
-        keep = values > values.max() * len(values) * np.finfo(np.float64).eps
-        return vectors[:, keep] * np.sqrt(values[keep])
+    def root(sigma):  # R [D, rank] with sigma = R R^T: a pivoted Cholesky factor, 6 times faster than eigh
+        factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma, lower=1)
+        out = np.empty((len(sigma), rank))
+        out[pivots - 1] = np.tril(factor)[:, :rank]
+        return out
 
     # The trace of (sigma1 sigma2)^(1/2) is the sum of the singular values of R1^T R2.
     cross = np.linalg.svd(root(sigma1).T @ root(sigma2), compute_uv=False).sum()
     return max(float(np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross), 0.0)
 
 
+def inception_score(logits, splits=10):
+    """exp E KL(p(y|x) || p(y)) of `splits` parts in order: mean, standard deviation (Salimans et al. 2016).
+
+    logits: [N, classes], N >= splits.
+    """
+    scores = []
+    for log_p in float64(torch.as_tensor(logits)).log_softmax(1).tensor_split(splits):
+        log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
+        scores.append((log_p.exp() * (log_p - log_marginal)).sum(1).mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+BLOCK = 4096  # rows: of the N x M distances, only BLOCK x BLOCK are ever in memory (128 MiB)
+
+
+def neighbour_distance(x, k):
+    """[N, D] -> the distance of each row to its k-th nearest other one [N]."""
+    out = []
+    for rows in x.split(BLOCK):
+        near = rows.new_empty((len(rows), 0), dtype=torch.float64)
+        for others in x.split(BLOCK):
+            near = torch.cat([near, torch.cdist(rows.double(), others.double())], 1)
+            near = near.topk(min(k + 1, near.shape[1]), largest=False).values  # + 1: each is its own nearest
+        out.append(near.max(1).values)
+    return torch.cat(out)
+
+
+def covered(x, centres, radii):
+    """The share of the rows of x [N, D] in at least one of the balls around centres [M, D]."""
+    inside = 0
+    for rows in x.split(BLOCK):
+        hit = torch.zeros(len(rows), dtype=torch.bool, device=x.device)
+        for centre, radius in zip(centres.split(BLOCK), radii.split(BLOCK), strict=True):
+            hit |= (torch.cdist(rows.double(), centre.double()) <= radius).any(1)
+        inside += hit.sum().item()
+    return inside / len(x)
+
+
+def precision_recall(real, fake, k=3):
+    """(precision, recall) of features [N, D], [M, D] (Kynkaanniemi et al. 2019).
+
+    Precision is the share of fake images within the distance to the k-th neighbour of some real one, recall
+    the other way round. UserError for k images or fewer.
+    """
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"precision and recall take more than {k} images, not {len(real)} and {len(fake)}")
+    return covered(fake, real, neighbour_distance(real, k)), covered(real, fake, neighbour_distance(fake, k))
+
+
+def kernel_distance(real, fake):
+    """KID: unbiased squared MMD of features [N, D], [M, D], kernel (x.y / D + 1)^3 (Binkowski et al. 2018).
+
+    Over all pairs, where other tools draw random subsets: the same expectation without their noise.
+    """
+    real, fake = torch.as_tensor(real), torch.as_tensor(fake)
+    dim = real.shape[1]
+
+    def mean(a, b):  # of the kernel; within one set, over the pairs of different images
+        total = 0
+        for x in a.split(BLOCK):
+            total = total + sum(((x.double() @ y.double().T / dim + 1) ** 3).sum() for y in b.split(BLOCK))
+            if a is b:
+                total = total - ((x.double().square().sum(1) / dim + 1) ** 3).sum()
+        return total / (len(a) * (len(b) - (a is b)))
+
+    return (mean(real, real) + mean(fake, fake) - 2 * mean(real, fake)).item()
+
+
+def expected_bias(sigma, counts):
+    """The Frechet distance, to second order, of sets of `counts` images that differ by chance alone.
+
+    A mean of n draws adds tr(sigma) / n, a covariance sum_ij (1 + d_ij) l_i l_j / (l_i + l_j) / 2n with the
+    eigenvalues l of sigma. Too low, up to half, if sigma itself is of fewer images than dimensions.
+    """
+    values = np.linalg.eigvalsh(sigma).clip(1e-30)
+    pairs = values[:, None] * values / (values[:, None] + values)
+    return (values.sum() + (pairs.sum() + np.trace(pairs)) / 2) * sum(1 / n for n in counts)
+
+
+# -- Pairs -> numbers per image ----------------------------------------------------------------------------
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB of uint8 images [B, H, W, 3]: [B], infinite for equal ones."""
+    error = (float64(a) - float64(b)).square().flatten(1).mean(1)
+    return 10 * torch.log10(255 ** 2 / error)
+
+
+def ssim(a, b):
+    """Structural similarity of uint8 images [B, H, W, 3]: [B] (Wang et al. 2004).
+
+    Gaussian window of 11 pixels, sigma 1.5, mean over RGB and the positions where the window fits. UserError
+    for images below 11 pixels.
+    """
+    if min(a.shape[1:3]) < 11:
+        raise UserError(f"SSIM takes images of at least 11x11 pixels, not {a.shape[2]}x{a.shape[1]}")
+    a, b = (float64(x).permute(0, 3, 1, 2).flatten(0, 1)[:, None] for x in (a, b))  # [B*3, 1, H, W]
+    window = torch.exp(-(torch.arange(11, dtype=a.dtype, device=a.device) - 5).square() / (2 * 1.5 ** 2))
+    window = (window / window.sum()).view(1, 1, 1, 11)
+
+    def blur(x):
+        return F.conv2d(F.conv2d(x, window), window.mT)
+
+    mean_a, mean_b, c1, c2 = blur(a), blur(b), (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    var_a, var_b = blur(a * a) - mean_a ** 2, blur(b * b) - mean_b ** 2
+    covariance = blur(a * b) - mean_a * mean_b
+    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+             / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2)))
+    return score.flatten(1).mean(1).view(-1, 3).mean(1)
+
+
 # -- The command -------------------------------------------------------------------------------------------
 
 def inception(args, device):
-    """features(uint8 images [B, H, W, 3]) -> [B, 2048], and what they are called."""
+    """extract(uint8 images [B, H, W, 3]) -> dict of features [B, 2048], spatial [B, 2023] and, if the weights
+    have the classifier, logits [B, 1008]; the protocol in words; the distance's name.
+    """
     model = load_inception(svg.fetch_weights(INCEPTION, args.weights)).to(device)
-    if device.type == "cpu":
-        model.to(memory_format=torch.channels_last)  # 1.6 times the speed there
-    return (lambda images: inception_features(model, images, args.resize)["pool3"],
-            f"{'TF1' if args.resize == 'tf1' else 'PyTorch'} resize, {INCEPTION}")
+    model.to(memory_format=torch.channels_last)  # 1.6 times the speed on a CPU
+
+    def extract(images):
+        out = inception_features(model, images, args.protocol)
+        out = {"features": out["pool3"], "spatial": out["spatial"], "logits": out["logits_unbiased"]}
+        return {k: v for k, v in out.items() if v is not None}
+
+    return extract, f"{args.protocol} protocol, {INCEPTION}", "FID"
 
 
-def demo_encoder(args, device):
-    """features(uint8 images [B, H, W, 3]) -> [B, D], and what they are called."""
-    import demo
-    encoder = svg.load_encoder(demo.ENCODER).to(device)
-    return (lambda images: encoder(svg.to_float(images, device)).mean(1),
-            f"mean patch tokens of {demo.ENCODER.name}")
+def encoder(args, device):
+    """The same for a frozen encoder: features [B, D] alone."""
+    if args.demo:
+        import demo
+        model = svg.load_encoder(demo.ENCODER).to(device)
+        return (lambda images: {"features": model(svg.to_float(images, device)).mean(1)},
+                f"not Inception FID: mean patch tokens of {demo.ENCODER.name}", "FD-demo-encoder")
+    path = svg.fetch_weights(args.features, args.weights)
+    model = svg.load_encoder(path).to(device)
+    return (lambda images: {"features": model(svg.to_float(images, device), grid=(16, 16), cls=True)[0]},
+            f"CLS token of {path.name} on 16x16 patches", f"FD-{model.name}")
 
 
-def demo_images(num=1000):
-    """The demo's validation images."""
-    import demo
-    data = demo.dataset("val", num)
-    return Images("the demo's validation set", np.stack([data[i, i][0] for i in range(num)]))
+def gather(value):
+    """The value of every process, in order of rank, on rank 0."""
+    if svg.world_size() == 1:
+        return [value]
+    values = [None] * svg.world_size() if svg.rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or [value]
 
 
-def measure(source, features, protocol, args, device):
-    """Images -> statistics of features(uint8 images [B, H, W, 3]) -> [B, D]; statistics are passed on."""
-    if not isinstance(source, Images):
-        return source
-    workers = 0 if isinstance(source.source, np.ndarray) else args.workers  # an array needs no decoding
-    batches = torch.utils.data.DataLoader(source, args.batch, num_workers=workers, collate_fn=collate,
-                                          pin_memory=device.type == "cuda")
-    total, start, tty = None, time.time(), sys.stderr.isatty()
+def batches(images, args, device):
+    """This rank's contiguous share of Images in batches on the device, with a progress line.
+
+    Each image is seen once, whatever the number of processes. UserError for the first bad image.
+    """
+    count, rank, world = len(images), svg.rank(), svg.world_size()
+    mine = torch.utils.data.Subset(images, range(count * rank // world, count * (rank + 1) // world))
+    start, done, tty = time.time(), 0, sys.stderr.isatty()
     shown = start
-    for batch in batches:
+    workers = args.workers if images.files else 0  # an array needs no decoding
+    for batch in torch.utils.data.DataLoader(mine, args.batch, num_workers=workers, collate_fn=collate,
+                                             pin_memory=device.type == "cuda"):
         if isinstance(batch, str):
             raise UserError(batch)
-        new = moments(features(batch))
-        if not torch.isfinite(new[1]).all():
-            raise UserError(f"{source.name}: features are not finite; are the weights damaged? ({protocol})")
-        total = merge_moments(total, new) if total else new
-        n, now = total[0], time.time()
-        if n == len(source) or now - shown > (1 if tty else 10):
+        yield batch.to(device, non_blocking=True)
+        done, now = done + len(batch), time.time()
+        last = done == len(mine)
+        if rank == 0 and (last or now - shown > (1 if tty else 10)):
             shown = now
-            print(f"{source.name}: {n}/{len(source)} images  {n / (now - start):.1f} images/s",
-                  end="\r" if tty and n < len(source) else "\n", file=sys.stderr, flush=True)
-    n, mean, scatter = total
-    return {"name": source.name, "num": n, "protocol": protocol,
-            "mu": mean.cpu().numpy(), "sigma": (scatter / (n - 1)).cpu().numpy()}
+            print(f"{images.name}: {count if last else done * world}/{count} images  "
+                  f"{done * world / (now - start):.1f} images/s", end="\r" if tty and not last else "\n",
+                  file=sys.stderr, flush=True)
 
 
-def save_stats(path, stats):
-    """Write mu and sigma as pytorch-fid reads them, num and protocol beside them; UserError if that fails."""
+def measure(source, extract, protocol, args, device):
+    """Add to a source what its images tell: num, protocol, mu, sigma, mu_s, sigma_s, features, logits.
+
+    Rank 0 gets all processes'. Statistics that came with it stay: ADM's are of the whole training set, its
+    images 10,000 of that.
+    """
+    if "images" not in source:
+        return source
+    total, kept = {}, {"features": [], "logits": []}
+    for batch in batches(source["images"], args, device):
+        for key, value in extract(batch).items():
+            if key in kept:
+                kept[key].append(value)
+            if key != "logits":
+                new = moments(value)
+                total[key] = merge_moments(total[key], new) if key in total else new
+    parts = gather(({key: (n, mean.cpu(), scatter.cpu()) for key, (n, mean, scatter) in total.items()},
+                    {key: torch.cat(values).cpu() for key, values in kept.items() if values}))
+    measured = {key: torch.cat([p[key] for _, p in parts if key in p])
+                for key in kept if any(key in p for _, p in parts)}  # a process may have had no image
+    for key, suffix in (("features", ""), ("spatial", "_s")) if "mu" not in source else ():
+        found = [p[key] for p, _ in parts if key in p]
+        if found:
+            n, mean, scatter = functools.reduce(merge_moments, found)
+            if not scatter.isfinite().all():
+                raise UserError(f"{source['name']}: features are not finite; are the weights damaged? "
+                                f"({protocol})")
+            measured |= {"num": n, "protocol": protocol, f"mu{suffix}": mean.numpy(),
+                         f"sigma{suffix}": (scatter / (n - 1)).numpy()}
+    return {**source, **measured}
+
+
+def compare(fake, real, name, device):
+    """Two measured sources -> every number that they allow, and why the others are missing: two dicts."""
+    def distance(suffix=""):
+        try:
+            return frechet_distance(*(s[key + suffix] for s in (fake, real) for key in ("mu", "sigma")))
+        except UserError as e:
+            raise UserError(f"{fake['name']} against {real['name']}: {e}") from e
+
+    numbers, missing, logits = {name: distance()}, {}, fake.get("logits")
+    if name == "FID":  # the other encoders have features alone
+        without = [s["name"] for s in (fake, real) if not {"mu_s", "sigma_s"} <= s.keys()]
+        if without:
+            missing["sFID"] = f"no mu_s in {without[0]}"
+        else:
+            numbers["sFID"] = distance("_s")
+        if logits is None:
+            missing["IS"] = "no classifier (fc) in the weights" if "images" in fake else "no images of it"
+        elif len(logits) < 10:
+            missing["IS"] = "fewer than 10 images"
+        else:
+            if fake["images"].files and len({os.path.dirname(path) for path in fake["images"].source}) > 1:
+                logits = torch.cat([logits[i::10] for i in range(10)])  # else each split had few classes
+            numbers["IS"], numbers["IS_std"] = inception_score(logits)
+    without = [s["name"] for s in (fake, real) if "features" not in s]
+    if without or min(len(fake["features"]), len(real["features"])) < 4:
+        missing["precision, recall, KID"] = f"no images in {without[0]}" if without else "fewer than 4 images"
+    else:
+        features = [s["features"].to(device if device.type == "cuda" else "cpu") for s in (real, fake)]
+        numbers["precision"], numbers["recall"] = precision_recall(*features)
+        numbers["KID"] = kernel_distance(*features)
+    return numbers, missing
+
+
+def compare_pairs(images, args, device):
+    """Images with originals -> PSNR, SSIM, LPIPS (VGG16) with standard deviations, and what is missing."""
+    lpips, scores = None, []
+    if not args.demo:
+        import train_ae
+        lpips = train_ae.LPIPS(svg.fetch_weights("vgg16-397923af.pth", args.weights)).to(device)
+    for batch in batches(images, args, device):  # [B, 2, H, W, 3]
+        a, b = batch.unbind(1)
+        rows = [psnr(a, b), ssim(a, b)]
+        with torch.inference_mode():
+            rows += [lpips(svg.to_float(b, device), svg.to_float(a, device))] if lpips else []
+        scores.append(torch.stack([row.cpu().double() for row in rows], 1))
+    scores = [part for parts in gather(scores) for part in parts]
+    scores, numbers = torch.cat(scores or [torch.zeros(1, 0)]).numpy(), {}
+    for key, column in zip(("PSNR", "SSIM", "LPIPS"), scores.T, strict=False):
+        finite = np.isfinite(column).all()  # PSNR is infinite for an exact copy
+        numbers |= {key: float(column.mean()), f"{key}_std": float(column.std()) if finite else math.nan}
+    return numbers, {} if lpips else {"LPIPS": "--demo downloads nothing"}
+
+
+def write(path, flag, save):
+    """Write a file as a whole or not at all; UserError names the flag."""
     try:
-        with open(path, "wb") as f:
-            np.savez(f, **{k: stats[k] for k in ("mu", "sigma", "num", "protocol") if stats[k] is not None})
+        svg.write_atomically(path, save)
     except OSError as e:
-        raise UserError(f"--save-stats {path}: could not be written ({e.strerror})") from e
+        raise UserError(f"{flag} {path}: could not be written ({e.strerror})") from e
 
 
 def parse_args():
     parser = svg.Parser(__doc__)
     add = parser.add_argument
     add("samples", nargs="?", default="samples/",
-        help="folder of images (of any depth), or .npz with mu and sigma or with arr_0 (uint8 [N, H, W, 3])")
-    add("--ref", default=ADM_REFERENCE,
-        help="what to compare with, of the same kinds; a bare name is also looked for in the weights folder")
-    add("--resize", choices=("tf1", "pytorch"), default="tf1",
-        help="to Inception's 299 pixels, as ADM's evaluator or as pytorch-fid does it")
+        help="folder of images (of any depth), or .npz with arr_0 (uint8 [N, H, W, 3]) or with mu and sigma")
+    add("--ref", help="what to compare with, of the same kinds; a bare name is also looked for in the "
+        f"weights folder (default: {ADM_REFERENCE} there, 2 GB, downloaded on first use)")
+    add("--protocol", choices=("adm", "pytorch-fid"), default="adm",
+        help="resize to Inception's 299 pixels as ADM's evaluator (TensorFlow 1) or as pytorch-fid does it")
+    add("--features", metavar="FILE",
+        help="instead of Inception's, the CLS token of this encoder: a file in the weights folder, or a path")
+    add("--paired", action="store_true", help="rFID, PSNR, SSIM and LPIPS of reconstructions of --ref, "
+        "paired by relative path without suffix (arrays: by index)")
     add("--size", type=svg.not_negative, default=0, metavar="N",
-        help="pixels: first centre-crop every image to NxN as ADM does; 0: as they are, all of one size")
+        help="pixels: first centre-crop every image to NxN as ADM does; 0: as they are, all of one size "
+        "(--paired: --ref to the samples' size)")
     add("--num", type=svg.not_negative, default=0, metavar="N",
-        help="images: score the first N of the samples, sorted by path; 0: all")
+        help="images: score exactly the first N of the samples, sorted by path; 0: all")
     add("--batch", type=svg.positive, default=64, help="images per step; the result does not depend on it")
     add("--workers", type=svg.not_negative, default=min(4, os.cpu_count() or 1),
-        help="processes that decode images; 0: this one does")
-    add("--weights", default=os.environ.get("SVG_WEIGHTS") or "weights",
-        help="folder of pretrained files; Inception's is downloaded to it on first use")
+        help="processes that decode images, per process that measures; 0: this one does")
+    add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add("--save-stats", metavar="OUT.npz",
-        help="write mu and sigma of the samples, for --ref or pytorch-fid; without a reference, only that")
+        help="write the samples' statistics, for --ref, pytorch-fid or ADM; without --ref, only that")
+    add("--json", metavar="OUT.json", help="write the numbers and what they were measured on")
     add("--demo", action="store_true",
         help="features of the demo's encoder instead of Inception's; without --ref, against its images")
     svg.add_bench_flag(parser)
     parser.set_defaults(precision="fp32", compile=False)  # other ways would give another FID
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag, path in (("--save-stats", args.save_stats), ("--json", args.json)):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise UserError(f"{flag} {path}: no such folder")
+    for flag in ("paired", "features"):
+        if getattr(args, flag) and not args.ref and not (args.save_stats and flag == "features"):
+            raise UserError(f"--{flag} needs --ref: ADM's file holds Inception's statistics alone")
+    return args
+
+
+def open_reference(args, samples):
+    """The reference as open_source gives it, or None where only statistics are to be saved."""
+    if args.ref is None and args.demo:
+        import demo
+        data = demo.dataset("val", 1000)
+        name, array = "the demo's validation set", np.stack([data[i, i][0] for i in range(1000)])
+        return {"name": name, "images": Images(name, array, args.size)}
+    if args.ref is None and args.save_stats:
+        return None
+    ref, size = args.ref or ADM_REFERENCE, args.size
+    if args.paired and not size and "images" in samples:
+        size = samples["images"].shape[0]
+    if not os.path.exists(ref) and os.path.basename(ref) == ref:
+        ref = svg.fetch_weights(ref, args.weights)
+    return open_source(ref, size)
 
 
 def bench(args, device):
@@ -385,7 +543,7 @@ def bench(args, device):
 
     def make(n):
         images = torch.randint(256, (n, 256, 256, 3), dtype=torch.uint8)
-        return lambda: moments(inception_features(model, images, args.resize)["pool3"])
+        return lambda: moments(inception_features(model, images, args.protocol)["pool3"])
 
     svg.bench(args, device, make, args.batch * svg.world_size(), script="fid")
 
@@ -395,43 +553,59 @@ def main():
     device = svg.setup()
     if args.bench:
         return bench(args, device)
-    if args.save_stats and not os.path.isdir(os.path.dirname(args.save_stats) or "."):
-        raise UserError(f"--save-stats {args.save_stats}: no such folder")
-    ref, no_ref = args.ref, args.ref == ADM_REFERENCE
-    if not os.path.exists(ref) and os.path.basename(ref) == ref:
-        ref = svg.find_weights(ref, args.weights)
-    if args.demo and no_ref:
-        reference = demo_images()
-        args.size = args.size or reference.shape[0]
-    else:
-        save_only = args.save_stats and no_ref and not os.path.exists(ref)
-        reference = None if save_only else open_source(ref, args.size)
     samples = open_source(args.samples, args.size, args.num)
+    reference = open_reference(args, samples)
+    sources = [s for s in (samples, reference) if s]
+    extract, protocol, name = None, None, None
+    if any("images" in s for s in sources):
+        extract, protocol, name = (encoder if args.demo or args.features else inception)(args, device)
+    for s in sources:
+        if "mu" in s:
+            own = s.get("protocol")
+            protocol = protocol or own
+            if own and own != protocol:
+                raise UserError(f"{s['name']} was measured by another protocol: {own}, not {protocol}")
+            if not own and args.features:
+                raise UserError(f"{s['name']}: holds statistics of unknown features; --features takes images")
+    name = name or ("FID" if INCEPTION in (protocol or INCEPTION) else "FD")  # FD of saved statistics
 
-    features, protocol = None, None
-    if isinstance(samples, Images) or isinstance(reference, Images):
-        features, protocol = (demo_encoder if args.demo else inception)(args, device)
-    saved = [s for s in (samples, reference) if isinstance(s, dict) and s["protocol"] is not None]
-    protocol = protocol or (str(saved[0]["protocol"]) if saved else "saved statistics")
-    for s in saved:
-        if str(s["protocol"]) != protocol:
-            raise UserError(f"{s['name']} was measured by another protocol: {s['protocol']}, not {protocol}")
-
-    fake = measure(samples, features, protocol, args, device)
-    if args.save_stats:
-        save_stats(args.save_stats, fake)
-        print(f"statistics of {fake['name']} written to {args.save_stats}", file=sys.stderr)
-    if reference is None:
+    paired = None
+    if args.paired:
+        if not all("images" in s and "mu" not in s for s in sources):
+            raise UserError("--paired takes images on both sides, not statistics")
+        pair_up(samples["images"], reference["images"], partial=bool(args.num))
+        paired = compare_pairs(samples["images"], args, device)
+        samples["images"].originals = None
+    fake = measure(samples, extract, protocol, args, device)
+    real = reference and measure(reference, extract, protocol, args, device)
+    if svg.rank():
         return
-    real = measure(reference, features, protocol, args, device)
-    distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
-    if not args.demo and any(s["num"] is not None and s["num"] < 10000 for s in (fake, real)):
-        print("warning: FID of fewer than 10,000 images is biased upward; compare it only at equal numbers",
-              file=sys.stderr)
+    if args.save_stats:
+        kept = {k: fake[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "num", "protocol") if k in fake}
+        write(args.save_stats, "--save-stats", lambda f: np.savez(f, **kept))
+        print(f"statistics of {fake['name']} written to {args.save_stats}", file=sys.stderr)
+    if real is None:
+        return
+    numbers, missing = paired or compare(fake, real, name, device)
+    if paired:
+        distance = frechet_distance(fake["mu"], fake["sigma"], real["mu"], real["sigma"])
+        numbers = {f"r{name}": distance, **numbers}
+    counts = [s["num"] for s in (fake, real) if "num" in s]
+    if not args.demo and min(counts, default=10000) < 10000:
+        chance = "" if paired else f", here by about {expected_bias(real['sigma'], counts):.3g} or more"
+        warnings.warn(f"{name} of fewer than 10,000 images is biased upward{chance}; compare it only at "
+                      "equal numbers")
+    if args.json:
+        result = {**{k: v if math.isfinite(v) else None for k, v in numbers.items()}, "protocol": protocol,
+                  "samples": fake["name"], "num": fake.get("num"), "reference": real["name"],
+                  "reference_num": real.get("num"), "not_measured": missing}
+        write(args.json, "--json", lambda f: f.write(json.dumps(result, indent=1).encode() + b"\n"))
+    shown = "  ".join(f"{k} {v:.{6 if k == 'KID' else 4}f}" for k, v in numbers.items())
     sides = " against ".join(
-        s["name"] if s["num"] is None else f"{s['num']} images of {s['name']}" for s in (fake, real))
-    name, note = ("FD-demo-encoder", "not Inception FID: ") if args.demo else ("FID", "")
-    print(f"{name} {distance:.4f}  ({note}{sides}, {protocol})")
+        f"{s['num']} images of {s['name']}" if "num" in s else s["name"] for s in (fake, real))
+    print(re.sub(r"  \w+_std ", " +- ", f"{shown}  ({sides}, {protocol or 'saved statistics'})"))
+    if missing:
+        print("not measured: " + "; ".join(f"{k} ({v})" for k, v in missing.items()))
 
 
 if __name__ == "__main__":

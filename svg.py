@@ -1043,6 +1043,8 @@ DOWNLOADS = {  # what is openly published: file name -> folder of its URL, head 
     "vgg16-397923af.pth": ("https://download.pytorch.org/models", "397923af"),
     "pt_inception-2015-12-05-6726825d.pth": (
         "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights", "6726825d"),
+    "VIRTUAL_imagenet256_labeled.npz": (  # ADM's reference statistics; no hash is published
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256", None),
 }
 
 
@@ -1064,14 +1066,14 @@ def missing_weights(path):
 
 
 def fetch_weights(name, weights_dir=None):
-    """Path of a pretrained file by its official name, downloaded with its hash checked if it is openly
-    published.
+    """Path of a pretrained file by its official name, downloaded if it is openly published, with its hash checked
+    if that is published too.
 
     A local file with another hash is only worth a warning: it may be a conversion of the same weights.
     """
     path = Path(name) if os.path.sep in str(name) else find_weights(name, weights_dir)
     url, digest = DOWNLOADS.get(path.name, (None, None))
-    if rank() == 0 and url and path.exists() and not sha256(path).startswith(digest):
+    if rank() == 0 and digest and path.exists() and not sha256(path).startswith(digest):
         warnings.warn(f"{path} is not the published file of that name (its SHA-256 does not begin {digest})")
     if rank() == 0 and url and not path.exists():
         try:
@@ -1212,9 +1214,12 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 class Packed(torch.utils.data.Dataset):
-    """A folder that `pack` wrote; items as ImageFolder's, with the centre crop in place of random ones."""
+    """A folder that `pack` wrote; items as ImageFolder's, with the centre crop in place of random ones.
 
-    def __init__(self, root, size):
+    size: pixels that it must have been packed at, if that matters.
+    """
+
+    def __init__(self, root, size=None):
         self.root = str(root)
         try:
             self.images = np.load(os.path.join(root, "images.npy"), mmap_mode="r")
@@ -1226,7 +1231,7 @@ class Packed(torch.utils.data.Dataset):
         if not fits or self.images.dtype != np.uint8:
             raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} with "
                             f"{len(self.labels)} labels, not uint8 [N, size, size, 3]; pack it again")
-        if self.images.shape[1] != size:
+        if size and self.images.shape[1] != size:
             raise UserError(f"--data {root}: packed at {self.images.shape[1]} pixels, needed at {size}: "
                             f"pack it again with --size {size}")
 

@@ -123,6 +123,21 @@ class Case(unittest.TestCase):
     def close(self, a, b, tolerance=1e-5):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
 
+    def snapshot(self):
+        return {p: p.read_bytes() if p.is_file() else None for p in self.folder.rglob("*")}
+
+    def refused(self, command, *words):
+        """Exit code 2, one line that holds all `words`, and not a file more, less or different."""
+        with self.subTest(command):
+            before = self.snapshot()
+            code, _, err = run(command)
+            self.assertEqual((code, err.count("\n"), err[:7]), (2, 1, "error: "), err)
+            for word in words:
+                self.assertIn(word, err)
+            after = self.snapshot()
+            self.assertEqual(before.keys(), after.keys())
+            self.assertEqual([p for p in before if before[p] != after[p]], [])
+
 
 def run(command, *more):
     """A script's real main in this process: "sample --steps 5" -> (exit code, stdout, stderr)."""
@@ -384,29 +399,241 @@ class Golden(Case):
             ae.set_latent_stats(*svg.load_latent_stats(file))
             self.close(ae.normalize(normal(0, 2, 256, 392) * std + mean), normal(0, 2, 256, 392), 1e-4)
 
+
+# -- Numbers about pictures --------------------------------------------------------------------------------
+
+def gaussians():
+    """The two sets of fid/*, isc/* and prc/*, and the logits."""
+    r = np.random.RandomState(41)
+    a = r.standard_normal((600, 64)) @ (r.standard_normal((64, 64)) / 8) + .3
+    b = r.standard_normal((700, 64)) @ (r.standard_normal((64, 64)) / 8)
+    return a, b, r.standard_normal((500, 1008)) * 2
+
+
+def mean_and_covariance(x):
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+class Metrics(Case):
+    def number(self, command, *more):
+        """The numbers of a fid command that must succeed, as --json has them."""
+        code, out, err = run(f"fid {command} --json out.json", *more)
+        self.assertEqual(code, 0, err)
+        return {**json.loads(Path("out.json").read_text()), "out": out, "err": err}
+
     def test_inception_agrees_with_tensorflow_and_pytorch_fid(self):
         torch.save(weights("fid_inception"), "inception.pth")
-        model = fid.load_inception("inception.pth")
+        model, seen = fid.load_inception("inception.pth"), {}
+        model.Mixed_6d.branch1x1.register_forward_hook(lambda module, x, y: seen.update(conv=y))
         x = ((image(31, (3, 3, 256, 256)) + 1) / 2 * 255).round().byte().permute(0, 2, 3, 1).contiguous()
-        answers = fid.inception_features(model, x, "tf1")
+        answers = fid.inception_features(model, x)
         self.agree("inception/tf1_resize/pool3", answers["pool3"][:, ::4])
         self.agree("inception/tf1_resize/logits_unbiased", answers["logits_unbiased"][:, ::4])
         self.agree("inception/tf1_resize/logits", answers["logits"][:, ::4])
         self.agree("inception/tf1_resize/softmax_sorted5", answers["logits"].softmax(1).topk(5).values)
-        answers = fid.inception_features(model, x, "pytorch")
+        spatial = [[seen["conv"][i, c, y, x] for y, x, c in itertools.product(range(17), range(17), range(7))]
+                   for i in range(3)]  # TensorFlow's mixed_6/conv[..., :7], channels last
+        self.close(answers["spatial"], torch.tensor(spatial))
+        answers = fid.inception_features(model, x, "pytorch-fid")
         self.agree("inception/pytorch_resize/pool3", answers["pool3"][:, ::4])
 
     def test_frechet_distance_to_six_digits_whatever_the_rank_and_batches(self):
-        r = np.random.RandomState(41)
-        a = r.standard_normal((600, 64)) @ (r.standard_normal((64, 64)) / 8) + .3
-        b = r.standard_normal((700, 64)) @ (r.standard_normal((64, 64)) / 8)
+        a, b, _ = gaussians()
         for key, x, y in (("fid/distance", a, b), ("fid/rank_deficient", a[:20], b[:25])):
-            stats = [z for s in (x, y) for z in (s.mean(0), np.cov(s, rowvar=False))]
+            stats = *mean_and_covariance(x), *mean_and_covariance(y)
             np.testing.assert_allclose(fid.frechet_distance(*stats), GOLDEN[key], rtol=1e-6)
             self.assertLess(fid.frechet_distance(*stats[:2], *stats[:2]), 1e-6)
         n, mean, scatter = functools.reduce(fid.merge_moments, map(fid.moments, torch.from_numpy(a).split(7)))
         self.close(mean, a.mean(0), 1e-12)
         self.close(scatter / (n - 1), np.cov(a, rowvar=False), 1e-12)
+
+    def test_frechet_distance_of_gaussians_with_a_known_answer(self):
+        r = np.random.RandomState(0)
+        turn = np.linalg.qr(r.standard_normal((50, 50)))[0]
+        one, two, mean = r.uniform(0, 4, 50), r.uniform(0, 4, 50), r.standard_normal(50)
+        one[:5] = two[3:9] = 0  # of different rank
+        known = (mean ** 2).sum() + ((one ** .5 - two ** .5) ** 2).sum()
+        distance = fid.frechet_distance(mean, turn * one @ turn.T, 0 * mean, turn * two @ turn.T)
+        self.assertAlmostEqual(distance, known, delta=1e-5 * known)
+        self.assertAlmostEqual(fid.frechet_distance(mean, 0 * turn, 0 * mean, turn * two @ turn.T),
+                               (mean ** 2).sum() + two.sum(), delta=1e-9)
+
+    def test_bias_of_few_images_is_named(self):
+        r, scale = np.random.RandomState(0), np.arange(1, 65) ** -.5
+        x, y = (mean_and_covariance(r.standard_normal((n, 64)) * scale) for n in (1000, 600))
+        bias = fid.expected_bias(np.diag(scale ** 2), (1000, 600))
+        self.assertAlmostEqual(fid.frechet_distance(*x, *y) / bias, 1, delta=0.1)
+
+    def test_inception_score(self):
+        _, _, logits = gaussians()
+        self.agree("isc/logits_mean_std", fid.inception_score(logits), 1e-6, 1e-6)
+        sure = 1000 * np.eye(20)[np.arange(400) % 20]  # 20 classes, each certain and equally frequent
+        self.close(fid.inception_score(sure), (20., 0.), 1e-6)
+
+    def test_precision_and_recall(self):
+        a, b, _ = (torch.from_numpy(x).float() for x in gaussians())
+
+        def brute(real, fake, k):
+            radii = torch.cdist(real, real).sort(1).values[:, k]
+            return (torch.cdist(fake, real) <= radii).any(1).float().mean().item()
+
+        # The golden entry's first number counts 63 of 600, so that a is the generated set there.
+        self.close(fid.precision_recall(b, a), GOLDEN["prc/k3_real_is_A"].tolist(), 1e-6)
+        for k, block in ((3, 4096), (3, 100), (5, 7)):
+            with mock.patch("fid.BLOCK", block):
+                self.close(fid.precision_recall(a, b, k), (brute(a, b, k), brute(b, a, k)), 1e-6)
+        self.assertEqual(fid.precision_recall(a, a), (1, 1))
+        self.assertEqual(fid.precision_recall(a, a + 100), (0, 0))
+        self.assertEqual(fid.precision_recall(a, a[:4]), (1, 0 + fid.precision_recall(a[:4], a)[0]))
+
+    def test_kernel_distance(self):
+        a, b, _ = gaussians()
+        kernel = {(x, y): [(p @ q / 64 + 1) ** 3 for i, p in enumerate(s) for j, q in enumerate(t) if s is not t or i != j]
+                  for (x, s), (y, t) in itertools.product((("a", a[:30]), ("b", b[:40])), repeat=2)}
+        brute = np.mean(kernel["a", "a"]) + np.mean(kernel["b", "b"]) - 2 * np.mean(kernel["a", "b"])
+        for block in (4096, 7):
+            with mock.patch("fid.BLOCK", block):
+                self.assertAlmostEqual(fid.kernel_distance(a[:30], b[:40]), brute, places=10)
+        x = normal(0, 4000, 8)
+        self.assertAlmostEqual(fid.kernel_distance(x[:2000], x[2000:]), 0, delta=0.01)  # unbiased
+
+    def test_psnr_and_ssim(self):
+        a = ((image(51, (2, 3, 256, 256)) + 1) / 2 * 255).round()
+        b = (a + torch.from_numpy(np.round(12 * np.random.RandomState(52).standard_normal(a.shape)))).clip(0, 255)
+        a, b = (x.byte().permute(0, 2, 3, 1) for x in (a, b))
+        self.agree("psnr/uint8", fid.psnr(a, b), 1e-6, 1e-6)
+        self.agree("ssim/gaussian11_sigma1.5_rgbmean", fid.ssim(a, b), 1e-6, 1e-6)
+        self.assertEqual((fid.psnr(a, a).tolist(), fid.ssim(a, a).tolist()), ([np.inf] * 2, [1] * 2))
+        with self.assertRaisesRegex(svg.UserError, "11x11"):
+            fid.ssim(a[:, :10], b[:, :10])
+
+    def test_all_numbers_of_a_folder_in_one_command(self):
+        write_pictures("a", 10)
+        write_pictures("b", 6, first=50)
+        os.makedirs("w")
+        torch.save(weights("fid_inception"), f"w/{fid.INCEPTION}")
+        found = self.number("a --ref b --weights w --workers 0 --save-stats a.npz")
+        self.assertRegex(found["out"], r"FID \d.*sFID \d.*IS \d.*precision.*recall.*KID.*10 images of a against 6 "
+                                       rf"images of b, adm protocol, {fid.INCEPTION}")
+        self.assertRegex(found["err"], "biased upward, here by about")
+        self.assertEqual((found["num"], found["reference_num"], found["not_measured"]), (10, 6, {}))
+        with np.load("a.npz") as f:  # what pytorch-fid and ADM's evaluator read
+            self.assertEqual([f[k].shape for k in ("mu", "sigma", "mu_s", "sigma_s")],
+                             [(2048,), (2048, 2048), (2023,), (2023, 2023)])
+            np.savez("foreign.npz", mu=f["mu"], sigma=f["sigma"])
+        again = self.number("b --ref a.npz --weights w --batch 5")
+        for key in ("FID", "sFID"):
+            self.assertAlmostEqual(again[key] / found[key], 1, places=5)
+        self.assertIn("no images in a.npz", again["not_measured"]["precision, recall, KID"])
+        self.assertIn("no mu_s in foreign.npz", self.number("a.npz --ref foreign.npz")["out"])
+        self.assertLess(self.number("a.npz --ref foreign.npz")["FID"], 1e-6)
+        self.refused("fid b --ref a.npz --weights w --protocol pytorch-fid", "a.npz", "adm protocol")
+
+    def test_numbers_do_not_depend_on_batches_workers_processes_or_the_kind_of_file(self):
+        write_pictures("a/x", 30)
+        write_pictures("a/y", 11, first=30)
+        write_pictures("b", 30, first=50)
+        whole = self.number("a --ref b --demo --workers 0")
+        self.assertGreater(whole["FD-demo-encoder"], 1e-3)
+        np.savez("a.npz", arr_0=np.concatenate([pictures("a/x"), pictures("a/y")]))
+        np.savez_compressed("small.npz", arr_0=svg.load_npz("a.npz")["arr_0"])
+        self.assertIsInstance(fid.open_source("a.npz")["images"].source, np.memmap)
+        others = [self.number(f"{command} --ref b --demo") for command in (
+            "a --batch 1 --workers 0", "a --batch 7 --workers 2", "a.npz --batch 30", "small.npz")]
+        shell("fid a --ref b --demo --batch 6 --workers 0 --json out.json", processes=2)
+        others.append(json.loads(Path("out.json").read_text()))
+        for other in others:
+            for key in ("FD-demo-encoder", "precision", "recall", "KID"):
+                self.assertAlmostEqual(whole[key], other[key], delta=1e-5 * abs(whole[key]) + 1e-9)
+            self.assertEqual((other["num"], other["reference_num"]), (41, 30))
+
+    def test_reference_with_statistics_and_images_uses_each_for_what_it_is_for(self):
+        write_pictures("a", 12)
+        write_pictures("b", 14, first=50)
+        found = self.number("b --ref a --demo --save-stats b.npz")
+        np.savez("both.npz", **svg.load_npz("b.npz"), arr_0=pictures("b")[:6])
+        self.assertIn("14 images of b.npz", self.number("a --ref b.npz --demo")["out"])
+        both = self.number("a --ref both.npz --demo")
+        self.assertAlmostEqual(both["FD-demo-encoder"] / found["FD-demo-encoder"], 1, places=5)
+        np.savez("six.npz", arr_0=pictures("b")[:6])
+        six = self.number("a --ref six.npz --demo")
+        self.assertEqual([both[k] for k in ("precision", "recall", "KID")], [six[k] for k in ("precision", "recall", "KID")])
+        named = self.number(f"a --ref b --features {demo.ENCODER}")
+        self.assertRegex(named["out"], r"FD-demo \d.*CLS token of demo.pt")
+
+    def test_inception_score_takes_class_folders_in_turn(self):
+        write_pictures("a/x", 10)
+        write_pictures("a/y", 10, first=20)
+        source = {**fid.open_source("a"), "num": 20, "mu": np.zeros(3), "sigma": np.eye(3)}
+        sure = torch.from_numpy(1000 * np.eye(2)[np.arange(20) // 10])  # x is one class, y the other
+        numbers, missing = fid.compare({**source, "logits": sure}, source, "FID", torch.device("cpu"))
+        self.assertAlmostEqual(numbers["IS"], 2, places=6)
+        self.assertEqual(set(missing), {"sFID", "precision, recall, KID"})
+
+    def test_pairs_are_found_by_path_without_suffix(self):
+        write_pictures("val/a", 5)
+        write_pictures("val/b", 3, first=5)
+        rng = np.random.default_rng(0)
+        for file in svg.list_images("val"):
+            array = np.asarray(Image.open(file)).astype(int)
+            target = Path(file.replace("val", "recon", 1)).with_suffix(".bmp")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((array + rng.integers(-9, 10, array.shape)).clip(0, 255).astype(np.uint8)).save(target)
+            Image.open(file).resize((64, 64), Image.Resampling.BOX).save(file)  # cropped to the samples' size again
+        found = self.number("recon --ref val --paired --demo --batch 3 --workers 0")
+        self.assertEqual(found["not_measured"], {"LPIPS": "--demo downloads nothing"})
+        sides = [torch.from_numpy(np.stack([svg.crop(svg.open_rgb(f), 32) for f in svg.list_images(folder)]))
+                 for folder in ("recon", "val")]
+        for key, values in (("PSNR", fid.psnr(*sides)), ("SSIM", fid.ssim(*sides))):
+            self.close((found[key], found[key + "_std"]), (values.mean().item(), values.std(correction=0).item()))
+        plain = self.number("recon --ref val --size 32 --demo")
+        self.assertAlmostEqual(found["rFD-demo-encoder"], plain["FD-demo-encoder"], places=6)
+        shell("fid recon --ref val --paired --demo --batch 3 --workers 0 --json out.json", processes=2)
+        two = json.loads(Path("out.json").read_text())
+        for key in ("rFD-demo-encoder", "PSNR", "PSNR_std", "SSIM"):
+            self.assertAlmostEqual(found[key], two[key], places=6)
+        self.assertIsNone(self.number("val --ref val --paired --demo")["PSNR"])  # infinite
+        os.rename("recon/a/0.bmp", "recon/a/zero.bmp")
+        self.refused("fid recon --ref val --paired --demo", "recon/a/zero.bmp", "counterpart")
+        os.remove("recon/a/zero.bmp")
+        self.refused("fid recon --ref val --paired --demo", "val/a/0.png", "counterpart")
+        self.assertEqual(self.number("recon --ref val --paired --demo --num 4")["num"], 4)
+        shutil.copy("recon/a/1.bmp", "recon/a/1.png")
+        self.refused("fid recon --ref val --paired --demo", "recon/a/1.bmp", "recon/a/1.png", "rename")
+
+    def test_bad_input_is_refused_in_one_line(self):
+        write_pictures("good", 4)
+        write_pictures("one", 1)
+        write_pictures("mixed", 3)
+        Image.open("mixed/1.png").resize((40, 36)).save("mixed/1.png")
+        mean, covariance = np.zeros(8), np.eye(8)
+        np.savez("half.npz", mu=mean)
+        np.savez("nan.npz", mu=mean * np.nan, sigma=covariance)
+        np.savez("eight.npz", mu=mean, sigma=covariance)
+        np.savez("float.npz", arr_0=np.zeros((4, 8, 8, 3)))
+        Path("cut.npz").write_bytes(Path("eight.npz").read_bytes()[:300])
+        Path("text.npz").write_text("not an archive")
+        for command, words in (
+                ("one", ["one", "at least 2"]), ("good --num 5", ["good", "--num 5"]), ("nowhere", ["nowhere"]),
+                ("mixed --workers 0", ["mixed/1.png", "40x36", "--size"]), ("half.npz", ["half.npz", "neither"]),
+                ("nan.npz", ["nan.npz", "not finite"]), ("float.npz", ["float.npz", "uint8"]),
+                ("cut.npz", ["cut.npz"]), ("text.npz", ["text.npz"]), ("eight.npz --num 3", ["eight.npz", "--num 3"]),
+                ("good --ref nowhere.npz", ["nowhere.npz"]), ("good --json no/x.json", ["--json no/x.json"]),
+                ("good --save-stats no/x.npz", ["--save-stats no/x.npz"]), ("good --protocol tf", ["--protocol"]),
+                ("eight.npz --ref good --paired", ["--paired", "statistics"])):
+            self.refused(f"fid {command} --demo" + " --ref good" * ("--ref" not in command), *words)
+        code, _, err = run("fid good --ref eight.npz --demo --workers 0")
+        self.assertEqual(code, 2)
+        self.assertRegex(err, r"\nerror: good against eight.npz: .*\(8,\)")
+        self.refused(f"fid good --ref eight.npz --features {demo.ENCODER}", "eight.npz", "--features")
+        self.refused("fid good --paired", "--paired", "--ref")
+        self.refused("fid good --features x.pth", "--features", "--ref")
+        with mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
+            self.refused("fid good --weights .", fid.ADM_REFERENCE, "https://openaipublic", "no network")
+        with mock.patch("svg.Encoder.forward", lambda *_, **__: torch.full((4, 1, 8), torch.nan)):
+            code, _, err = run("fid good --demo --workers 0")
+        self.assertEqual(code, 2)
+        self.assertRegex(err, r"\nerror: good: features are not finite")
 
 
 # -- Properties of the method ------------------------------------------------------------------------------
@@ -670,10 +897,10 @@ REAL_DATA = (f"--encoder {demo.ENCODER} --image-size 32 --grid 4 --lpips 0 --gan
 DIT_DATA = "train_dit --batch 4 --ae runs/demo-ae/last.pt"
 
 
-def write_pictures(folder, count):
+def write_pictures(folder, count, first=0):
     Path(folder).mkdir(parents=True)
     for i in range(count):
-        Image.fromarray(demo.draw(i, np.random.default_rng(i))[0]).save(f"{folder}/{i}.png")
+        Image.fromarray(demo.draw((first + i) % 10, np.random.default_rng(first + i))[0]).save(f"{folder}/{i}.png")
 
 
 class Commands(Case):
@@ -1040,21 +1267,6 @@ class PackedData(Case):
 
 
 class BadInput(Case):
-    def snapshot(self):
-        return {p: p.read_bytes() if p.is_file() else None for p in self.folder.rglob("*")}
-
-    def refused(self, command, *words):
-        """Exit code 2, one line that holds all `words`, and not a file more, less or different."""
-        with self.subTest(command):
-            before = self.snapshot()
-            code, _, err = run(command)
-            self.assertEqual((code, err.count("\n"), err[:7]), (2, 1, "error: "), err)
-            for word in words:
-                self.assertIn(word, err)
-            after = self.snapshot()
-            self.assertEqual(before.keys(), after.keys())
-            self.assertEqual([p for p in before if before[p] != after[p]], [])
-
     def setUp(self):
         super().setUp()
         shutil.copytree(trained() / "runs", "runs")
@@ -1210,6 +1422,25 @@ class RealWeights(Case):
         answers = fid.inception_features(inception, torch.from_numpy(svg.to_uint8(a)))
         self.assertEqual((answers["pool3"].shape, answers["logits"]), ((1, 2048), None))
         self.assertGreater(answers["pool3"].mean(), 0.1)
+
+    def test_dinov2_distance_and_lpips_of_real_files(self):
+        for i, file in enumerate(svg.list_images(REAL / "tiny20/val")[:12]):
+            os.makedirs("val/a", exist_ok=True)
+            os.makedirs("recon/a", exist_ok=True)
+            image = svg.open_rgb(file)
+            image.save(f"val/a/{i}.png")
+            image.save(f"recon/a/{i}.jpg", quality=20)
+        where = f"--weights {REAL / 'weights'} --workers 0 --json out.json"
+        code, out, err = run(f"fid recon --ref val --features dinov2_vits14_pretrain.pth {where}")
+        self.assertEqual(code, 0, err)
+        self.assertRegex(out, "FD-dinov2_vits14 .*CLS token of dinov2_vits14_pretrain.pth on 16x16 patches")
+        self.assertRegex(run(f"fid recon --ref val --paired {where}")[1], r"rFID .*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
+        found, lpips = json.loads(Path("out.json").read_text()), train_ae.LPIPS(REAL / "weights/vgg16-397923af.pth")
+        pairs = [[svg.to_float(torch.from_numpy(np.asarray(svg.open_rgb(f)).copy())[None], "cpu")
+                  for f in (f"val/a/{i}.png", f"recon/a/{i}.jpg")] for i in range(12)]
+        one_by_one = torch.cat([lpips(*pair) for pair in pairs])
+        self.close((found["LPIPS"], found["LPIPS_std"]), (one_by_one.mean().item(), one_by_one.std(correction=0).item()))
+        self.assertEqual(found["not_measured"], {})
 
 
 if __name__ == "__main__":
