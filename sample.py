@@ -50,8 +50,8 @@ def parse_args():
         help="of the models' arithmetic; the sampler's state is fp32")
     add("--npz", help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM's evaluator")
     add("--reconstruct", metavar="DIR", help="instead of sampling, encode and decode the images of a folder")
-    add("--align", choices=("running", "batch"), default="running",
-        help="alignment statistics of --reconstruct; the authors' checkpoint allows only batch")
+    add("--align", choices=("running", "batch"),
+        help="alignment statistics of --reconstruct (default: running; the authors' checkpoint allows only batch)")
     args = p.parse_args()
     if args.npz and not os.path.isdir(os.path.dirname(args.npz) or "."):
         raise svg.UserError(f"--npz {args.npz}: no such folder")
@@ -192,7 +192,8 @@ def reconstruct(args, device):
     """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG."""
     path = args.ae or svg.latest_run("ae", demo=True if args.demo else None) or DEMO_PT
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
-    if args.align == "running" and ae.channels > ae.feature_channels and ae.alignment_batches == 0:
+    aligned = ae.channels > ae.feature_channels and ae.config["align"] != "none"
+    if args.align != "batch" and aligned and ae.alignment_batches == 0:
         raise svg.UserError(f"{path} keeps no running alignment statistics, as the authors' does: give --align batch")
     targets = {}
     for file in svg.list_images(args.reconstruct):

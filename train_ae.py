@@ -125,6 +125,8 @@ def parse_args():
     p.add_argument("--image-size", type=svg.positive, default=256, help="pixels per side")
     p.add_argument("--grid", type=svg.positive, default=16, help="latent tokens per side")
     p.add_argument("--residual-channels", type=svg.not_negative, default=8, help="latent channels of the residual encoder")
+    p.add_argument("--align", choices=("batch", "none"), default="batch",
+                   help="alignment of the residual to the encoder's statistics; none: the ablation of table 4")
     p.add_argument("--residual-dim", type=svg.positive, default=384, help="width of the residual encoder")
     p.add_argument("--residual-depth", type=svg.positive, default=6, help="layers of the residual encoder")
     p.add_argument("--decoder-channels", type=svg.positive, default=128, help="decoder's width at full resolution")
@@ -159,7 +161,7 @@ def main():
         raise svg.UserError(f"--residual-dim {args.residual_dim}: give a multiple of 48, or less than 96")
     residual = {"dim": args.residual_dim, "depth": args.residual_depth, "heads": heads}
     model = svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid, residual=residual,
-                            decoder=decoder_size(args))
+                            decoder=decoder_size(args), align=args.align)
     lpips = LPIPS(svg.fetch_weights("vgg16-397923af.pth", args.weights)).to(device) if args.lpips else None
     data = (demo.dataset("train") if args.demo else
             svg.ImageFolder(args.data, args.image_size, random_crop=True, seed=args.seed))
