@@ -861,17 +861,24 @@ def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
     return (velocity - (latents - noise)).square().mean((1, 2))
 
 
+def euler_times(steps, shift):
+    """The `steps` + 1 times of the sampler, from 0 (noise) to 1 (data)."""
+    return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+
+
 @torch.no_grad()
 def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
-                 guidance_interval=(0.0, 1.0)):
+                 guidance_interval=(0.0, 1.0), after=None):
     """Integrate noise [B, N, C] (t = 0) to latents [B, N, C] (t = 1) for labels y [B] in `steps` Euler steps.
 
+    steps: a number, or the times themselves: from data back to noise they invert the flow.
+    after: a function (t, x) -> x that sees, and may change, the state that each step arrives at.
     guidance s: v = v_u + s (v_c - v_u) on all channels where t lies in guidance_interval; both in one batch.
     zero_init: where the first step is guided its velocity is replaced by 0; without guidance it is never
     skipped.
     """
     x, null = noise.float(), torch.full_like(y, model.num_classes)
-    times = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+    times = euler_times(steps, shift) if isinstance(steps, int) else steps
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         guided = guidance != 1 and guidance_interval[0] <= t <= guidance_interval[1]
         if guided and zero_init and i == 0:
@@ -883,6 +890,7 @@ def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=Tru
         else:
             v = model(x, torch.full((len(x),), t, device=x.device), y).float()
         x = x + (t_next - t) * v
+        x = after(t_next, x) if after else x
     return x
 
 

@@ -582,6 +582,76 @@ class Flow(Case):
         self.assertEqual(drawn[50:60], [sample.label_of(i, [2, 7, 5], args) for i in range(50, 60)])
 
 
+class Editing(Case):
+    """Editing and interpolation (paper, appendices C and D), with the shipped model."""
+
+    def setUp(self):
+        super().setUp()
+        self.model, self.ae = svg.load_sit(sample.DEMO_PT), svg.load_autoencoder(sample.DEMO_PT)
+        self.latents = self.ae.normalize(self.ae.encode(demo_images(8)))
+
+    def test_inverting_and_sampling_back_returns_the_latent(self):
+        null, errors = torch.full((8,), 10), []
+        for steps in (25, 100, 400):
+            times = [t for t in svg.euler_times(steps, 0.4) if t >= 0.2]
+            start = sample.invert(self.model, self.latents, times)[times[0]]
+            self.assertGreater((start - self.latents).std(), 0.3)
+            back = svg.euler_sample(self.model, start, null, times)
+            errors.append((back - self.latents).square().mean().sqrt().item())
+        self.assertLess(errors[2], 0.05)
+        for coarse, fine in itertools.pairwise(errors):
+            self.assertGreater(coarse / fine, 2.5)
+
+    def test_edit_keeps_what_is_outside_the_mask_and_redraws_inside(self):
+        z, times, y = self.latents[:1], [0.1, *svg.euler_times(25, 0.4)[6:]], torch.tensor([3])
+        nothing = sample.edit_latents(self.model, z, y, torch.zeros(16, 1), times)
+        self.assertTrue(torch.equal(nothing, z))  # and so the pictures
+        for outside in (False, True):
+            weights = sample.edit_mask((32, 32), (0, 0, 16, 16), 32, 4, outside)
+            edited = sample.edit_latents(self.model, z, y, weights, times)
+            kept = weights[:, 0] == 0
+            self.assertEqual(kept.sum(), 4 if outside else 12)
+            self.assertTrue(torch.equal(edited[:, kept], z[:, kept]))
+            self.assertGreater((edited - z)[:, ~kept].square().mean().sqrt(), 0.3)
+            if not outside:
+                with torch.no_grad():
+                    a, b = (self.ae.decode(self.ae.denormalize(x))[0] for x in (z, edited))
+                change = (a - b).abs().mean(0)
+                self.assertGreater(change[:16, :16].mean(), 0.1)
+                self.assertLess(change[20:, 20:].mean(), 0.03)  # not 0: the decoder looks beyond the mask
+
+    def test_mask_follows_the_box_through_the_crop(self):
+        weights = sample.edit_mask((600, 400), (100, 0, 300, 200), 256, 16).view(16, 16)  # the square's top left
+        self.assertTrue(torch.equal(weights > 0, torch.nn.functional.pad(torch.ones(8, 8), (0, 8, 0, 8)) > 0))
+        self.assertGreater(weights.max(), 0.98)  # in the middle
+        self.assertTrue(torch.equal(weights[:8, :8], weights[:8, :8].flip(0, 1)))
+        rest = sample.edit_mask((600, 400), (100, 0, 300, 200), 256, 16, outside=True).view(16, 16)
+        self.assertTrue(torch.equal(rest > 0, weights == 0))
+        self.assertGreater(rest[15, 15], rest[8, 8])
+
+    def test_ends_of_an_interpolation_are_the_samples_of_its_seeds(self):
+        ok("sample --interpolate slerp lerp --class 8 --seeds 5 6 --frames 3 --steps 4")
+        for end, seed in ((0, 5), (2, 6)):
+            ok(f"sample --num 1 --class 8 --seed {seed} --steps 4 --out plain{seed}")
+            for kind in ("slerp", "lerp"):
+                frame = np.asarray(Image.open(f"interpolation/{kind}-{end:06d}.png")).astype(int)
+                self.assertLessEqual(np.abs(frame - pictures(f"plain{seed}")[0]).max(), 1)
+        self.assertEqual(len(os.listdir("interpolation")), 6)
+        for kind in ("slerp", "lerp"):
+            self.assertTrue(os.path.exists(f"interpolation-{kind}.png"))
+        a, b = svg.sample_noise(0, range(2), (16, 72))
+        slerp, lerp = (sample.interpolate_noise(a, b, torch.tensor([0.5]), kind) for kind in ("slerp", "lerp"))
+        self.assertAlmostEqual((slerp.norm() / a.norm()).item(), 1, delta=0.05)
+        self.assertAlmostEqual((lerp.norm() / a.norm()).item(), 0.5 ** 0.5, delta=0.05)
+
+    def test_edit_writes_the_result_and_a_labelled_overview(self):
+        write_pictures("in", 1)
+        ok("sample --edit in/0.png --box 8,8,28,28 --class star --steps 5")
+        self.assertEqual(os.listdir("edit"), ["0.png"])
+        self.assertEqual(svg.open_rgb("edit/0.png").size, (32, 32))
+        self.assertEqual(set(os.listdir()), {"in", "edit", "edit.json", "edit.png"})
+
+
 # -- Files and data ----------------------------------------------------------------------------------------
 
 class Files(Case):
@@ -876,6 +946,17 @@ class BadInput(Case):
                 (MINI_AE + " --decoder-channels 100 --name new", ["--decoder-channels 100", "32"]),
                 (MINI_AE + " --residual-dim 145 --name new", ["--residual-dim 145", "48"]),
                 ("sample --dem", ["--dem"])):
+            self.refused(command, *words)
+        for command, words in (("sample --edit good/a/0.png", ["--edit", "--box"]),
+                               ("sample --box 1,1,9,9", ["--edit", "--box"]),
+                               ("sample --interpolate slerp --class 3", ["--interpolate", "--seeds"]),
+                               ("sample --interpolate slerp --seeds 1 2", ["--interpolate", "--class"]),
+                               ("sample --edit x.png --box 9,1,1,9 --class 3", ["--box", "9,1,1,9"]),
+                               ("sample --edit x.png --box 1,1,9,9 --class 3", ["x.png"]),
+                               ("sample --edit text.pt --box 1,1,9,9 --class 3", ["text.pt", "not a readable"]),
+                               ("sample --edit good/a/0.png --box 1,1,9,99 --class 3", ["--box", "32 x 32"]),
+                               ("sample --edit good/a/0.png --box 1,1,3,3 --class 3", ["--box", "token"]),
+                               ("sample --edit good/a/0.png --box 1,1,9,9 --class 10", ["0 to 9"])):
             self.refused(command, *words)
         for command, flag in (("sample --guidance", "nan"), ("sample --shift", "inf"),
                               (MINI_AE + " --name new --gan", "-1"), (MINI_AE + " --name new --workers", "-1"),
