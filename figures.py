@@ -83,7 +83,7 @@ def dense_picture(task, args, shown):
     tiles = [np.asarray(Image.fromarray(np.asarray(row[k])).resize((side, side), Image.Resampling.NEAREST))
              for k in range(3) for row in rows]
     labels = [name for name in ("image", "label", "prediction") for _ in shown]
-    names = f"depth, dark blue 0 m to yellow {far:.1f} m" if task == "depth" else "segmentation, black: no label"
+    names = f"depth, dark blue 0 m to yellow {far:.1f} m" if task == "depth" else "segmentation, a colour for each class, black: no label"
     return svg.grid_image(np.stack(tiles), len(shown), labels, f"{names}, {args.features} features")
 
 

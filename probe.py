@@ -343,10 +343,22 @@ def dense(task, args, device):
 # -- How separable a latent space is (figure 4a) -----------------------------------------------------------
 
 def separability(x, labels, seed):
-    """Linear and nearest-neighbour accuracy on held-out halves of x [n, d], and between/within-class scatter."""
+    """Accuracy of logistic regression and of the nearest neighbour on a held-out half of x [n, d], and the ratio of
+    between-class to within-class scatter.
+    """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     fit, test = order[:len(x) // 2], order[len(x) // 2:]
-    head = fit_linear(x[fit], labels[fit], int(labels.max()) + 1, 200, 256, 5e-3, 1e-2, seed)
+    head = nn.Linear(x.shape[1], int(labels.max()) + 1)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    x = x / x.std()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(head(x[fit]), labels[fit]) + 1e-3 * head.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
     with torch.no_grad():
         linear = (head(x[test]).argmax(1) == labels[test]).float().mean().item()
     nearest = (labels[fit][torch.cdist(x[test], x[fit]).argmin(1)] == labels[test]).float().mean().item()
