@@ -32,6 +32,8 @@ from PIL import Image
 
 import demo
 import fid
+import figures
+import probe
 import sample
 import svg
 import train_ae
@@ -968,6 +970,34 @@ class BadInput(Case):
             self.refused(MINI_AE + " --name new", "--batch 8", "3 processes")
             self.refused(MINI_DIT + " --name new", "--batch 8", "3 processes")
 
+    def test_probes_refuse_wrong_layouts(self):
+        for task, label in (("segment", "whole/annotations/training/1.png"),
+                            ("depth", "whole/train/room/sync_depth_1.png")):
+            flags = f"probe {task} --encoder {demo.ENCODER} --size 32 --workers 0 --data"
+            layout = {"segment": "annotations", "depth": "sync_depth_N.png"}[task]
+            for folder in ("nowhere", "good"):
+                self.refused(f"{flags} {folder}", f"--data {folder}", "expected", layout)
+            write_dense(task, "whole")
+            os.rename(label, "elsewhere.png")
+            self.refused(f"{flags} whole", label, "missing", layout)
+            other = label.replace("1.png", "0.png")
+            for bad in (np.zeros((3, 3), np.uint8), np.zeros((44, 60, 3), np.uint8)):
+                write_dense(task, "whole")
+                Image.fromarray(bad).save(other)
+                self.refused(f"{flags} whole", other, "not a label")
+            Path(other).write_text("no picture")
+            self.refused(f"{flags} whole", other, "not a readable label")
+            shutil.rmtree("whole")
+        self.refused("probe classify --data good --ae runs/demo-ae/last.pt", "--data good/train", "no such folder")
+        self.refused("probe space --data good --ae runs/demo-ae/last.pt", "--data good", "too few")
+        self.refused("probe classify --demo --features residual --encoder " + str(demo.ENCODER), "--features residual")
+        self.refused("probe space --data good", "--ae")  # only demo runs are there
+        self.refused("probe guess", "probe.py guess", "classify")
+        self.refused("probe toy --data good", "--data")
+        self.refused(f"probe pca --encoder {demo.ENCODER}", "--images")
+        self.refused("probe pca --demo --class 10", "0 to 9")
+        self.refused("probe pca --images text.pt --demo", "text.pt", "not a readable image")
+
     def test_things_that_do_not_belong_together(self):
         self.refused("sample --ae other.pt", "runs/demo-dit/last.pt", "other.pt", "--ae")
         self.refused("train_dit --data good", "train_ae.py", "--ae")  # only demo runs are there
@@ -983,6 +1013,125 @@ class BadInput(Case):
         ok("sample --steps 3 --num 3 --out v1.55")
         after = self.snapshot()
         self.assertEqual([p for p in before if before[p] != after[p]], [])  # each with its own overview
+
+
+def write_dense(task, root, count=2, size=(60, 44)):
+    """A set of the published layout of ADE20K or NYUv2: left half one label, right half another."""
+    for split in probe.LAYOUTS[task][1]:
+        for i in range(count):
+            if task == "segment":
+                image, label = f"{root}/images/{split}/{i}.png", f"{root}/annotations/{split}/{i}.png"
+            else:
+                image, label = f"{root}/{split}/room/rgb_{i}.png", f"{root}/{split}/room/sync_depth_{i}.png"
+            for file in (image, label):
+                Path(file).parent.mkdir(parents=True, exist_ok=True)
+            right = np.arange(size[0]) >= size[0] / 2
+            grey = np.tile(np.where(right, 250, 5).astype(np.uint8), (size[1], 1))
+            Image.fromarray(grey.repeat(3, 1).reshape(*grey.shape, 3)).save(image)
+            values = (np.where(right, 3, 150).astype(np.uint8) if task == "segment" else
+                      np.where(right, 1500, 6000).astype(np.uint16))
+            Image.fromarray(np.tile(values, (size[1], 1))).save(label)
+
+
+class Probes(Case):
+    def numbers(self, command, *more):
+        ok(f"probe {command}", *more)
+        return json.loads(Path(f"probes/{command.split()[0]}.json").read_text())
+
+    def test_separated_classes_need_fewer_steps_on_the_exact_velocity_field(self):
+        numbers = self.numbers("toy")
+        for steps in (1, 5, 25):
+            self.assertGreater(numbers["entangled"][f"error_{steps}"], numbers["separated"][f"error_{steps}"])
+        self.assertGreater(numbers["separated"]["error_1"], 5 * numbers["separated"]["error_25"])
+        self.assertTrue(os.path.exists("probes/toy.png"))
+
+    def test_mean_velocity_is_the_regression_of_data_minus_noise(self):
+        torch.manual_seed(0)
+        blobs, n = figures.BLOBS[[0, 2, 4]], 1_000_000
+        data = blobs[torch.randint(3, (n,))] + figures.SIGMA * torch.randn(n, 2)
+        noise, t = torch.randn(n, 2), 0.4
+        x_t, spot = (1 - t) * noise + t * data, torch.tensor([-0.5, 0.3])
+        near = (x_t - spot).norm(dim=1) < 0.05
+        expected = (data - noise)[near].mean(0)
+        velocity = figures.mean_velocity(spot.view(1, 1, 2), torch.tensor([t]), blobs[None])[0, 0]
+        self.assertGreater(near.sum(), 1000)
+        self.assertLess((velocity - expected).norm(), 0.2)  # of 2.1
+
+    def test_encoder_features_separate_classes_and_pixels_do_not(self):
+        numbers = self.numbers("space --demo --images 200")
+        self.assertGreater(numbers["encoder"]["linear"], 0.85)
+        self.assertGreater(numbers["encoder"]["1-NN"], 0.85)
+        for name in ("pixels", "residual"):
+            self.assertLess(numbers[name]["linear"], 0.4)
+            self.assertLess(numbers[name]["between/within"], numbers["latent"]["between/within"] / 5)
+        self.assertTrue(os.path.exists("probes/space.png"))
+
+    def test_separability_of_known_clusters_and_of_noise(self):
+        torch.manual_seed(0)
+        y = torch.arange(300) % 3
+        means = 20 * torch.eye(3, 8)
+        apart = probe.separability(means[y] + torch.randn(300, 8), y, 0)
+        self.assertEqual((apart["linear"], apart["1-NN"]), (1, 1))
+        self.assertAlmostEqual(apart["between/within"], (2 / 3) * 20 ** 2 / 8, delta=3)  # |mean - centre|^2 over variance
+        self.assertLess(probe.separability(torch.randn(300, 8), y, 0)["linear"], 0.5)
+
+    def test_tsne_keeps_neighbours(self):
+        torch.manual_seed(0)
+        y = torch.arange(90) % 3
+        xy = figures.tsne(8 * torch.eye(3, 10)[y] + torch.randn(90, 10), perplexity=10, steps=250)
+        nearest = (torch.cdist(xy, xy) + 1e9 * torch.eye(90)).argmin(1)
+        self.assertGreater((y[nearest] == y).float().mean(), 0.95)
+
+    def test_linear_probe_with_cached_and_with_fresh_crops(self):
+        real = demo.dataset
+        with mock.patch("demo.dataset", lambda split, count=None: real(split, {"train": 300, "val": 100}[split])):
+            self.assertGreater(self.numbers("classify --demo --batch 50")["top1"], 0.85)
+            with mock.patch.dict(probe.SMALL["classify"], cache=False):
+                crops = self.numbers("classify --demo --features latent --batch 50 --epochs 2 --lr 0.02")
+        self.assertGreater(crops["top1"], 0.3)
+        self.assertGreaterEqual(crops["top5"], crops["top1"])
+
+    def test_random_crops_are_parts_of_the_image(self):
+        ramp = torch.linspace(-1, 1, 32).expand(16, 1, 32, 32).clone()
+        crops = probe.random_resized_crops(ramp, torch.Generator().manual_seed(0))
+        self.assertLess((crops[:, :, 0] - crops[:, :, -1]).abs().max(), 1e-5)  # rows stay rows
+        spans = (crops[:, 0, 0, -1] - crops[:, 0, 0, 0]) / 2
+        self.assertTrue(((spans.abs() > 0.2) & (spans.abs() < 1.01)).all())
+        self.assertTrue((spans > 0).any() and (spans < 0).any())  # mirrored or not
+
+    def test_segmentation_and_depth_learn_their_own_layouts(self):
+        for task, extra, good in (("segment", "--steps 30 --warmup 3", lambda n: n["mIoU"] > 0.8),
+                                  ("depth", "--epochs 60", lambda n: n["RMSE_m"] < 1 and n["A.Rel"] < 0.35)):
+            with self.subTest(task):
+                write_dense(task, task)
+                numbers = self.numbers(f"{task} --data {task} --encoder {demo.ENCODER} --size 32 --workers 0 --batch 4 "
+                                       f"--lr 0.005 --width 16 --log-every 1000 {extra}")
+                self.assertTrue(good(numbers), numbers)
+                self.assertTrue(os.path.exists(f"probes/{task}.png"))
+
+    def test_sliding_window_covers_every_pixel_once_on_average(self):
+        x = torch.randn(1, 3, 77, 64)
+        seen = []
+
+        def predict(window):
+            seen.append(window.shape[-2:])
+            return window * 2
+
+        self.close(probe.sliding(predict, x, 32), 2 * x)
+        self.assertEqual((len(seen), set(seen)), (4 * 3, {(32, 32)}))
+
+    def test_principal_components_of_an_image_and_of_a_sample(self):
+        write_pictures("in", 2)
+        self.numbers("pca --demo --class star --rows 2 --columns 3")
+        sample_picture = Path("probes/pca.png").read_bytes()
+        self.numbers("pca --demo --class star --rows 2 --columns 3 --images in/0.png")
+        self.assertNotEqual(Path("probes/pca.png").read_bytes(), sample_picture)
+        self.numbers(f"pca --encoder {demo.ENCODER} --size 32 --images in/0.png in/1.png")
+        x = torch.randn(50, 1) @ torch.randn(1, 300) * 10 + torch.randn(50, 300)
+        for y in (x, x[:, :20]):  # fewer rows than columns, and more
+            expected = np.linalg.svd(y.numpy() - y.numpy().mean(0), full_matrices=False)
+            np.testing.assert_allclose(figures.principal(y, 2).abs().numpy(), np.abs(expected[0] * expected[1])[:, :2],
+                                       rtol=1e-2, atol=1e-2)
 
 
 # -- The shipped model, and real weights where they are ----------------------------------------------------
