@@ -1,4 +1,4 @@
-"""The pictures of probe.py: t-SNE maps, principal components as colours, labels and predictions, velocity fields.
+"""The pictures of probe.py: t-SNE maps, principal components as colours, predictions, velocity fields.
 
 Nothing here reads a file or a flag; each function takes arrays and returns an array or a Pillow image.
 """
@@ -36,8 +36,8 @@ def tsne(x, perplexity=30, steps=400, seed=0):
     """Exact t-SNE (van der Maaten and Hinton, 2008) of x [n, d] to [n, 2], for up to some thousand points."""
     n = len(x)
     d2 = torch.cdist(x, x).square()
-    low, high, target = torch.full((n, 1), 1e-12), torch.full((n, 1), 1e12), math.log(min(perplexity, (n - 1) / 3))
-    low, high, eye = low.to(x), high.to(x), torch.eye(n, dtype=torch.bool)
+    low, high, eye = torch.full((n, 1), 1e-12).to(x), torch.full((n, 1), 1e12).to(x), torch.eye(n, dtype=torch.bool)
+    target = math.log(min(perplexity, (n - 1) / 3))
     for _ in range(60):  # bisection, in logarithms, for the precision whose neighbours have the perplexity
         beta = (low * high).sqrt()
         p = torch.softmax((-beta * d2).masked_fill(eye, -math.inf), 1)
@@ -59,7 +59,8 @@ def tsne(x, perplexity=30, steps=400, seed=0):
 # -- Pictures ----------------------------------------------------------------------------------------------
 
 def enlarge(images, side):
-    return np.stack([np.asarray(Image.fromarray(i).resize((side, side), Image.Resampling.NEAREST)) for i in images])
+    nearest = Image.Resampling.NEAREST
+    return np.stack([np.asarray(Image.fromarray(i).resize((side, side), nearest)) for i in images])
 
 
 def ramp(values):
@@ -83,13 +84,16 @@ def dense_picture(task, args, shown):
     tiles = [np.asarray(Image.fromarray(np.asarray(row[k])).resize((side, side), Image.Resampling.NEAREST))
              for k in range(3) for row in rows]
     labels = [name for name in ("image", "label", "prediction") for _ in shown]
-    names = f"depth, dark blue 0 m to yellow {far:.1f} m" if task == "depth" else "segmentation, a colour for each class, black: no label"
+    names = "segmentation, a colour for each class, black: no label"
+    if task == "depth":
+        names = f"depth, dark blue 0 m to yellow {far:.1f} m, black: unknown"
     return svg.grid_image(np.stack(tiles), len(shown), labels, f"{names}, {args.features} features")
 
 
 def class_colours(count):
     """Distinct RGB colours: hues in turn, every second one darker."""
-    return [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(i / count, 0.9, 0.9 if i % 2 else 0.6)) for i in range(count)]
+    rgb = [colorsys.hsv_to_rgb(i / count, 0.9, 0.9 if i % 2 else 0.6) for i in range(count)]
+    return [tuple(int(255 * v) for v in c) for c in rgb]
 
 
 def space_picture(panels, labels, classes, side=300):
@@ -101,7 +105,8 @@ def space_picture(panels, labels, classes, side=300):
     pen.text((8, 4), "t-SNE of whole latents, coloured by class", fill="black", font=ImageFont.load_default(14))
     for k, (name, numbers, xy) in enumerate(panels):
         pen.text((k * side + 8, 28), name, fill="black", font=ImageFont.load_default(14))
-        pen.text((k * side + 8, 48), "  ".join(f"{a} {b:.2f}" for a, b in numbers.items()), fill="black", font=font)
+        text = "  ".join(f"{a} {b:.2f}" for a, b in numbers.items())
+        pen.text((k * side + 8, 48), text, fill="black", font=font)
         pen.rectangle((k * side + 4, 68, (k + 1) * side - 4, side + 68), outline="#bbbbbb")
         xy = (xy - xy.min(0)) / np.ptp(xy, 0).max()
         xy += (1 - xy.max(0)) / 2
@@ -116,13 +121,13 @@ def space_picture(panels, labels, classes, side=300):
 
 # -- Mean velocity fields of two classes (figure 4b) -------------------------------------------------------
 
-BLOBS = torch.tensor([[x, y] for x in (-2.0, 2.0) for y in (-0.8, 0.0, 0.8)])  # two groups of three blobs of data
+BLOBS = torch.tensor([[x, y] for x in (-2.0, 2.0) for y in (-0.8, 0.0, 0.8)])  # two groups of three
 SIGMA = 0.15  # their standard deviation
-LAYOUT = {"entangled": [[0, 2, 4], [1, 3, 5]], "separated": [[0, 1, 2], [3, 4, 5]]}  # which blobs are of which class
+LAYOUT = {"entangled": [[0, 2, 4], [1, 3, 5]], "separated": [[0, 1, 2], [3, 4, 5]]}  # blobs of each class
 
 
 def mean_velocity(x, t, blobs):
-    """E[data - noise | x_t = x] in closed form, x [B, 1, 2], t [B], for data in equal Gaussian blobs [B, k, 2]."""
+    """E[data - noise | x_t = x] in closed form, x [B, 1, 2], t [B], for data in Gaussian blobs [B, k, 2]."""
     t = t.view(-1, 1, 1)
     variance, away = (1 - t) ** 2 + (t * SIGMA) ** 2, x - t * blobs
     share = torch.softmax(-away.square().sum(2, keepdim=True) / (2 * variance), 1)  # of each blob, given x
@@ -134,18 +139,20 @@ def toy_picture(panels, y, side=380):
     colours, head = ("#d95f02", "#1f78b4"), 66
     sheet = Image.new("RGB", (2 * side + 24, 2 * side + head + 70), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    pen.text((8, 4), "Mean velocity field of two classes (figure 4b), computed: same data, other labels", fill="black",
-             font=ImageFont.load_default(15))
+    title = "Mean velocity field of two classes (figure 4b), computed: same data, other labels"
+    pen.text((8, 4), title, fill="black", font=ImageFont.load_default(15))
     for k, name in enumerate(("class A", "class B")):
         pen.ellipse((10 + 90 * k, 29, 20 + 90 * k, 39), fill=colours[k])
         pen.text((24 + 90 * k, 26), name, fill="black", font=font)
     pen.text((200, 26), "rings: the data; arrows: where a class's flow goes on average; axes from -3 to 3",
              fill="black", font=font)
-    spots = torch.stack(torch.meshgrid(*[torch.linspace(-2.6, 2.6, 10)] * 2, indexing="xy"), -1).view(-1, 1, 2)
+    line = torch.linspace(-2.6, 2.6, 10)
+    spots = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 1, 2)
     for k, (kind, velocity, ends, numbers) in enumerate(panels):
         left = 8 + k * (side + 8)
         errors = ", ".join(f"{v:.3f} ({n.removeprefix('error_')})" for n, v in numbers.items())
-        for row, title in enumerate((f"{kind}: velocity at t = 0.5", f"5 Euler steps; error by steps: {errors}")):
+        titles = f"{kind}: velocity at t = 0.5", f"5 Euler steps; error by steps: {errors}"
+        for row, title in enumerate(titles):
             top = head + row * (side + 28)
 
             def place(p, left=left, top=top + 18):
@@ -155,16 +162,16 @@ def toy_picture(panels, y, side=380):
             pen.rectangle((*place((-3, 3)), *place((3, -3))), outline="#999999")
             for i, blob in enumerate(BLOBS):
                 colour = colours[[i in c for c in LAYOUT[kind]].index(True)]
-                pen.ellipse((*place(blob + 0.3 * torch.tensor([-1, 1])), *place(blob + 0.3 * torch.tensor([1, -1]))),
-                            outline=colour, width=3)
+                corner = torch.tensor([0.3, -0.3])
+                pen.ellipse((*place(blob - corner), *place(blob + corner)), outline=colour, width=3)
             for c in (0, 1) if row == 0 else ():
                 moves = velocity(spots, torch.full((len(spots),), 0.5), torch.full((len(spots),), c))
                 for spot, move in zip(spots[:, 0], moves[:, 0], strict=True):
                     move = 0.055 * move
                     side_step = 0.3 * torch.stack([-move[1], move[0]])
                     pen.line((*place(spot), *place(spot + 0.8 * move)), fill=colours[c], width=2)
-                    pen.polygon([place(spot + p) for p in (move, 0.5 * move + side_step, 0.5 * move - side_step)],
-                                fill=colours[c])
+                    head_points = move, 0.5 * move + side_step, 0.5 * move - side_step
+                    pen.polygon([place(spot + p) for p in head_points], fill=colours[c])
             for point, c in zip(ends[:600], y.tolist(), strict=False) if row else ():
                 if point.abs().max() < 2.95:
                     x0, y0 = place(point)

@@ -1,14 +1,14 @@
-"""Every number about features: what frozen features know, and how a latent space is laid out (paper, 3.2 and 4.3).
+"""Every number about features: what frozen features know, how a latent space is laid out (paper, 3.2, 4.3).
 
     python probe.py classify --data imagenet --ae runs/ae/last.pt       # linear head: top-1, top-5
     python probe.py segment --data ADEChallengeData2016 --features latent              # FPN head: mIoU, mAcc
     python probe.py depth --data nyu/official_splits                    # FPN head: RMSE, A.Rel
     python probe.py space --data imagenet/val                           # separability and t-SNE (figure 4a)
-    python probe.py pca --class 207                                     # hidden states over t (figures 10, 11)
+    python probe.py pca --class 207                                     # hidden states (figures 10, 11)
     python probe.py toy                                                 # mean velocity fields (figure 4b)
 
-Each takes --demo, for minutes on a CPU without download, and --help. --features chooses encoder, residual, latent
-(both) or pixels. Writes numbers and pictures as probes/<probe>.json and .png.
+Each takes --help, and --demo for a run of a minute on a CPU without download. --features chooses encoder,
+residual, latent (both) or pixels. Writes numbers and pictures as probes/<probe>.json and .png.
 """
 import json
 import math
@@ -36,8 +36,8 @@ SPACES = ("encoder", "residual", "latent", "pixels")
 def load_features(args, device):
     """A function (images [B, 3, H, W], space) -> float map [B, C, h, w], and what it was loaded from.
 
-    By --encoder FILE a frozen encoder alone, else an autoencoder: its encoder's channels, its aligned residual, or both;
-    pixels are the picture's own, one token of 3 * patch * patch channels for each patch.
+    By --encoder FILE a frozen encoder alone, else an autoencoder: its encoder's channels, its aligned residual, or
+    both; pixels are the picture's own, one token of 3 * patch * patch channels for each patch.
     """
     if args.encoder:
         path, model = args.encoder, svg.load_encoder(svg.fetch_weights(args.encoder, args.weights)).to(device)
@@ -45,9 +45,10 @@ def load_features(args, device):
     else:
         path = args.ae or (sample.DEMO_PT if args.demo else svg.latest_run("ae", demo=False))
         if not path:
-            raise svg.UserError("no stage-1 run below runs/: name one by --ae, or an encoder by --encoder, or try --demo")
+            raise svg.UserError("no stage-1 run below runs/: name one by --ae, or an encoder by --encoder, or try "
+                                "--demo")
         model = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
-        ratio, known = model.ratio, SPACES if model.config["residual_channels"] else ("encoder", "latent", "pixels")
+        ratio, known = model.ratio, SPACES if model.config["residual_channels"] else ("encoder", "pixels")
     if getattr(args, "features", "pixels") not in known:
         raise svg.UserError(f"--features {args.features}: {path} has {', '.join(known)} only")
 
@@ -87,7 +88,7 @@ def report(args, what, numbers, picture=None):
 # -- Classification ----------------------------------------------------------------------------------------
 
 def random_resized_crops(images, generator):
-    """Crops of 8 to 100% of the area, ratio 3:4 to 4:3, half of them mirrored, enlarged to the full size: [B, 3, H, W]."""
+    """Crops of 8 to 100% of the area, ratio 3:4 to 4:3, half of them mirrored, at full size: [B, 3, H, W]."""
     n = len(images)
     u = torch.rand(5, n, generator=generator)
     area, ratio = 0.08 + 0.92 * u[0], torch.exp((2 * u[1] - 1) * math.log(4 / 3))
@@ -100,7 +101,7 @@ def random_resized_crops(images, generator):
 
 
 def fit_linear(features, labels, classes, epochs, batch, lr, wd, seed):
-    """A linear head on standardised features [n, C], trained by AdamW; epochs of [n, C] may come from a function."""
+    """A linear head on standardised features [n, C], trained by AdamW; or on batches (x, y) of features(epoch)."""
     torch.manual_seed(seed)
     draw = features if callable(features) else lambda epoch: (
         (features[i], labels[i]) for i in torch.randperm(len(features)).split(batch))
@@ -108,7 +109,8 @@ def fit_linear(features, labels, classes, epochs, batch, lr, wd, seed):
     for epoch in range(epochs):
         for x, y in draw(epoch):
             if head is None:
-                head = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False), nn.Linear(x.shape[1], classes)).to(x.device)
+                norm = nn.BatchNorm1d(x.shape[1], affine=False)  # spaces differ in scale
+                head = nn.Sequential(norm, nn.Linear(x.shape[1], classes)).to(x.device)
                 optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=wd)
             if len(x) > 1:  # a batch of one has no variance
                 optimizer.zero_grad()
@@ -149,42 +151,45 @@ def classify(args, device):
     x, y = map(torch.cat, zip(*encode(val, False, np.arange(len(val))), strict=True))
     with torch.no_grad():
         hits = head(x).topk(min(5, len(train.classes))).indices == y[:, None]
-    report(args, "classify", {"features": args.features, "of": path, "top1": round(hits[:, 0].float().mean().item(), 4),
-                              "top5": round(hits.any(1).float().mean().item(), 4), "images": len(y),
+    top1, top5 = (round(h.float().mean().item(), 4) for h in (hits[:, 0], hits.any(1)))
+    report(args, "classify", {"features": args.features, "of": path, "top1": top1, "top5": top5, "images": len(y),
                               "seconds": round(time.time() - start)})
 
 
 # -- Segmentation and depth: a pyramid head on the single-scale map ----------------------------------------
 
 class PyramidHead(nn.Module):
-    """Map [B, C, h, w] -> [B, out, 4h, 4w]: four scales made of the one map (ViTDet), summed from coarse to fine (FPN)."""
+    """Map [B, C, h, w] -> [B, out, 4h, 4w]: four scales made of the one map, summed from coarse to fine (FPN)."""
 
     def __init__(self, channels, out, width):
         super().__init__()
 
+        def then(layer):
+            return [layer, nn.GroupNorm(1, width), nn.GELU()]
+
         def up(c):
-            return [nn.ConvTranspose2d(c, width, 2, 2), nn.GroupNorm(1, width), nn.GELU()]
+            return then(nn.ConvTranspose2d(c, width, 2, 2))
 
         self.scales = nn.ModuleList([nn.Sequential(*up(channels), *up(width)), nn.Sequential(*up(channels)),
                                      nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
         self.norm = nn.BatchNorm2d(channels, affine=False)  # spaces differ in scale
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in (width, width, channels, channels))
-        self.smooth = nn.ModuleList(nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(1, width), nn.GELU())
-                                    for _ in range(4))
+        self.smooth = nn.ModuleList(nn.Sequential(*then(nn.Conv2d(width, width, 3, padding=1))) for _ in range(4))
         self.head = nn.Conv2d(width, out, 1)
 
     def forward(self, x):
         x, total, above = self.norm(x), 0, None
         size = [4 * n for n in x.shape[-2:]]
-        for scale, lateral, smooth in reversed(list(zip(self.scales, self.lateral, self.smooth, strict=True))):
-            level = lateral(scale(x))
-            above = level if above is None else level + F.interpolate(above, level.shape[-2:], mode="bilinear")
-            total = total + F.interpolate(smooth(above), size, mode="bilinear")
+        for i in (3, 2, 1, 0):
+            level = self.lateral[i](self.scales[i](x))
+            if above is not None:
+                level = level + F.interpolate(above, level.shape[-2:], mode="bilinear")
+            total, above = total + F.interpolate(self.smooth[i](level), size, mode="bilinear"), level
         return self.head(total)
 
 
 def list_pairs(root, layout, splits, find):
-    """(training, test) pairs of files (image, label) of a published layout; UserError with that layout in it."""
+    """[training, test], each pairs (image, label) of files in a published layout; UserError that describes it."""
     sets = []
     for split in splits:
         pairs = find(root, split)
@@ -197,21 +202,20 @@ def list_pairs(root, layout, splits, find):
 
 
 def ade20k_pairs(root, split):
-    images = os.path.join(root, "images", split)
-    return [(f, os.path.join(root, "annotations", split, os.path.splitext(os.path.relpath(f, images))[0] + ".png"))
+    images = Path(root, "images", split)
+    return [(f, str(Path(root, "annotations", split, Path(f).relative_to(images)).with_suffix(".png")))
             for f in svg.list_images(images)]
 
 
 def nyu_pairs(root, split):
-    return [(f, os.path.join(os.path.dirname(f), os.path.splitext(os.path.basename(f))[0].replace("rgb", "sync_depth", 1)
-                             + ".png"))
-            for f in svg.list_images(os.path.join(root, split)) if os.path.basename(f).startswith("rgb")]
+    files = [Path(f) for f in svg.list_images(os.path.join(root, split))]
+    return [(str(f), str(f.with_name("sync_depth" + f.stem[3:] + ".png"))) for f in files if f.name.startswith("rgb")]
 
 
 LAYOUTS = {
     "segment": ("ADE20K's layout: {images,annotations}/{training,validation}/*, 0 = no label, 1 to 150",
                 ("training", "validation"), ade20k_pairs),
-    "depth": ("NYUv2's layout: {train,test}/<scene>/rgb_N.jpg, beside it sync_depth_N.png in 16-bit millimetres",
+    "depth": ("NYUv2's layout: {train,test}/<scene>/rgb_N.jpg with sync_depth_N.png in 16-bit millimetres",
               ("train", "test"), nyu_pairs),
 }
 
@@ -233,11 +237,11 @@ def read_pair(pair, task):
 
 
 class Crops(torch.utils.data.Dataset):
-    """Item i: a random scaled, mirrored crop (uint8 [size, size, 3], target), a function of (seed, i) alone."""
+    """Item i: a random scaled, mirrored crop (uint8 [size, size, 3], target): a function of (seed, i)."""
 
     def __init__(self, pairs, task, args, length):
         self.pairs, self.task, self.size, self.seed, self.length = pairs, task, args.size, args.seed, length
-        self.scale = (1, 1) if task == "depth" or args.demo else (0.5, 2)  # a scaled picture's depth would be wrong
+        self.scale = (1, 1) if task == "depth" or args.demo else (0.5, 2)  # scaling would belie the depth
 
     def __len__(self):
         return self.length
@@ -247,7 +251,7 @@ class Crops(torch.utils.data.Dataset):
         image, target = read_pair(self.pairs[rng.integers(len(self.pairs))], self.task)
         factor = self.size * rng.uniform(*self.scale) / min(image.size)
         w, h = (round(n * factor) for n in image.size)
-        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip((h, w), target.shape, strict=True))
+        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in ((h, image.height), (w, image.width)))
         image, target = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR)), target[rows][:, columns]
         lack = [(0, max(0, self.size - n)) for n in (h, w)]
         image = np.pad(image, (*lack, (0, 0)))
@@ -259,11 +263,11 @@ class Crops(torch.utils.data.Dataset):
 
 
 def sliding(predict, image, size):
-    """predict over windows of `size` at a stride of 2/3 of it, averaged where they overlap: [1, out, H, W]."""
+    """predict() of windows of `size` at a stride of 2/3 of it, averaged where they overlap: [1, out, H, W]."""
     stride, total, count = size * 2 // 3, 0, 0
-    corners = [sorted({min(i, n - size) for i in range(0, n - size + stride, stride)}) for n in image.shape[-2:]]
-    for y in corners[0]:
-        for x in corners[1]:
+    ys, xs = ([min(i, n - size) for i in range(0, n - size + stride, stride)] for n in image.shape[-2:])
+    for y in ys:
+        for x in xs:
             window = predict(image[..., y:y + size, x:x + size])
             around = (x, image.shape[-1] - x - size, y, image.shape[-2] - y - size)
             total, count = total + F.pad(window, around), count + F.pad(torch.ones_like(window), around)
@@ -290,7 +294,8 @@ def dense(task, args, device):
     channels = features(torch.zeros(1, 3, args.size, args.size, device=device), args.features).shape[1]
     head = PyramidHead(channels, outputs, args.width).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), args.lr, weight_decay=args.wd)
-    crops = torch.utils.data.DataLoader(Crops(train, task, args, steps * args.batch), args.batch, num_workers=args.workers)
+    crops = Crops(train, task, args, steps * args.batch)
+    crops = torch.utils.data.DataLoader(crops, args.batch, num_workers=args.workers)
 
     def predict(images):
         return F.interpolate(head(features(images, args.features)), images.shape[-2:], mode="bilinear")
@@ -312,8 +317,8 @@ def dense(task, args, device):
     for pair in val:
         image, target = read_pair(pair, task)
         scale = args.size / min(image.size)
-        small = image.resize([max(args.size, round(n * scale)) for n in image.size], Image.Resampling.BILINEAR)
-        x = svg.to_float(torch.from_numpy(np.array(small))[None], device)
+        image = image.resize([max(args.size, round(n * scale)) for n in image.size], Image.Resampling.BILINEAR)
+        x = svg.to_float(torch.from_numpy(np.array(image))[None], device)
         with torch.no_grad():
             out = sliding(predict, x, args.size)
             if task == "depth":
@@ -336,15 +341,16 @@ def dense(task, args, device):
                    "mAcc": (right / np.maximum(truth, 1))[truth > 0].mean()}
     else:
         numbers = dict(zip(("RMSE_m", "A.Rel"), np.mean(errors, 0), strict=True))
-    report(args, task, {"features": args.features, "of": path, **{k: round(float(v), 4) for k, v in numbers.items()},
-                        "images": len(val), "seconds": round(time.time() - start)}, figures.dense_picture(task, args, shown))
+    numbers = {k: round(float(v), 4) for k, v in numbers.items()}
+    report(args, task, {"features": args.features, "of": path, **numbers, "images": len(val),
+                        "seconds": round(time.time() - start)}, figures.dense_picture(task, args, shown))
 
 
 # -- How separable a latent space is (figure 4a) -----------------------------------------------------------
 
 def separability(x, labels, seed):
-    """Accuracy of logistic regression and of the nearest neighbour on a held-out half of x [n, d], and the ratio of
-    between-class to within-class scatter.
+    """Accuracy of logistic regression and of the nearest neighbour on a held-out half of x [n, d], and the ratio
+    of between-class to within-class scatter.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     fit, test = order[:len(x) // 2], order[len(x) // 2:]
@@ -362,7 +368,7 @@ def separability(x, labels, seed):
     with torch.no_grad():
         linear = (head(x[test]).argmax(1) == labels[test]).float().mean().item()
     nearest = (labels[fit][torch.cdist(x[test], x[fit]).argmin(1)] == labels[test]).float().mean().item()
-    means = torch.stack([x[labels == c].mean(0) for c in labels.unique()])[torch.unique(labels, return_inverse=True)[1]]
+    means = torch.stack([x[labels == c].mean(0) for c in labels])
     ratio = ((means - x.mean(0)).square().sum() / (x - means).square().sum()).item()
     return {"linear": round(linear, 4), "1-NN": round(nearest, 4), "between/within": round(ratio, 4)}
 
@@ -375,7 +381,7 @@ def space(args, device):
     share = max(1, args.images // len(data.classes))
     chosen = np.concatenate([np.flatnonzero(labels == c)[:share] for c in range(len(data.classes))])
     if len(data.classes) < 2 or len(chosen) < 20:
-        raise svg.UserError(f"--data {args.data}: {len(chosen)} images in {len(data.classes)} classes are too few")
+        raise svg.UserError(f"--data {args.data}: {len(chosen)} images of {len(data.classes)} classes: too few")
     parts = {name: [] for name in known}
     for images, _, _ in in_order(data, chosen, args.encode_batch, args.workers):
         images = svg.to_float(images, device)
@@ -387,14 +393,14 @@ def space(args, device):
         numbers[name] = separability(x.float(), y, args.seed)
         some = np.linspace(0, len(x), min(len(x), 500), endpoint=False).astype(int)
         panels.append((name, numbers[name], figures.tsne(x[some].float(), seed=args.seed).numpy()))
-    report(args, "space", {"of": path, "images": len(y), "chance": round(1 / len(data.classes), 4), **numbers},
-           figures.space_picture(panels, y[some].numpy(), data.classes))
+    numbers = {"of": path, "images": len(y), "chance": round(1 / len(data.classes), 4), **numbers}
+    report(args, "space", numbers, figures.space_picture(panels, y[some].numpy(), data.classes))
 
 
 # -- Mean velocity fields of two classes, entangled and separated (figure 4b) ------------------------------
 
 def toy(args, device):
-    """Two classes on six blobs: the error of 1, 5, 25 Euler steps against 1000, on the exact mean velocity fields.
+    """Two classes on six blobs: the error of 1, 5, 25 Euler steps against 1000, on exact mean velocity fields.
 
     Entangled and separated have the same data and other labels; the error is the mean distance of the ends.
     """
@@ -408,7 +414,8 @@ def toy(args, device):
 
         velocity.num_classes = 2
         ends = {steps: svg.euler_sample(velocity, noise, y, steps, shift=1.0) for steps in (1, 5, 25, 1000)}
-        numbers[kind] = {f"error_{s}": round((ends[s] - ends[1000]).norm(dim=2).mean().item(), 4) for s in (1, 5, 25)}
+        errors = {s: (ends[s] - ends[1000]).norm(dim=2).mean().item() for s in (1, 5, 25)}
+        numbers[kind] = {f"error_{s}": round(error, 4) for s, error in errors.items()}
         panels.append((kind, velocity, ends[5][:, 0], numbers[kind]))
     report(args, "toy", numbers, figures.toy_picture(panels, y))
 
@@ -425,8 +432,8 @@ def pca(args, device):
         photos = np.stack([svg.crop(p, args.size) for p in photos])
         maps = features(svg.to_float(torch.from_numpy(photos), device), "encoder").cpu()
         tiles = figures.component_colours(maps.flatten(2).transpose(1, 2), maps.shape[2:])
-        picture = svg.grid_image(np.concatenate([figures.enlarge(x, 160) for x in (photos, tiles)]), len(photos),
-                                 title=f"{path}: first three principal components of its tokens as RGB")
+        tiles = np.concatenate([figures.enlarge(x, 160) for x in (photos, tiles)])
+        picture = svg.grid_image(tiles, len(photos), title=f"{Path(path).name}: principal components as RGB")
         return report(args, "pca", {"of": path, "images": len(photos)}, picture)
 
     sit, ae, path = sample.find_models(args, device, encoder=None)
@@ -452,7 +459,7 @@ def pca(args, device):
         hidden = {i: [] for i in layers}
         hooks = [sit.blocks[i].register_forward_hook(lambda m, _, out, i=i: hidden[i].append(
             # What differs between tokens: size and mean change with t much more.
-            F.layer_norm(out.float() - out.float().mean(1, keepdim=True), out.shape[-1:]).cpu())) for i in layers]
+            F.layer_norm((out - out.mean(1, keepdim=True)).float(), out.shape[-1:]).cpu())) for i in layers]
         for t in chosen:
             sit(states[t], torch.full((1,), t, device=device), y)
         for hook in hooks:
@@ -462,27 +469,29 @@ def pca(args, device):
                             figures.enlarge(figures.component_colours(final, (ae.grid, ae.grid)), 128)])
     tiles, labels = [*shown], [*(f"x_t decoded, t {t:.2f}" for t in chosen), "encoder channels, t 1"]
     for i in layers:
-        tiles += [*figures.enlarge(figures.component_colours(torch.cat(hidden[i]), (sit.grid, sit.grid)), 128),
-                  np.full((128, 128, 3), 255, np.uint8)]
+        colours = figures.component_colours(torch.cat(hidden[i]), (sit.grid, sit.grid))
+        tiles += [*figures.enlarge(colours, 128), np.full((128, 128, 3), 255, np.uint8)]
         labels += [*(f"layer {i + 1}, t {t:.2f}" for t in chosen), ""]
     what = args.images[0] if photos else f"a sample of class {args.class_}, seed {args.seed}"
-    report(args, "pca", {"of": str(path), "picture": what, "layers": [i + 1 for i in layers]}, svg.grid_image(
-        np.stack(tiles), len(chosen) + 1, labels, f"{Path(path).name}, {what}: principal components of hidden states"))
+    title = f"{Path(path).name}, {what}: principal components of hidden states"
+    report(args, "pca", {"of": str(path), "picture": what, "layers": [i + 1 for i in layers]},
+           svg.grid_image(np.stack(tiles), len(chosen) + 1, labels, title))
 
 
 # -- The program -------------------------------------------------------------------------------------------
 
 PAPER = {  # each probe's defaults: the paper's
-    "classify": {"size": 256, "lr": 5e-4, "wd": 1e-2, "batch": 3072, "epochs": 30},
-    "segment": {"size": 512, "lr": 8e-5, "wd": 1e-3, "batch": 16, "steps": 8000, "warmup": 1500},
-    "depth": {"size": 480, "lr": 5e-4, "wd": 1e-2, "batch": 24, "epochs": 25, "warmup": 0},
-    "space": {"size": 256}, "pca": {"size": 256}, "toy": {},
+    "classify": {"data": "data/imagenet", "size": 256, "lr": 5e-4, "wd": 1e-2, "batch": 3072, "epochs": 30},
+    "segment": {"data": "data/ADEChallengeData2016", "size": 512, "lr": 8e-5, "wd": 1e-3, "batch": 16, "steps": 8000,
+                "warmup": 1500},
+    "depth": {"data": "data/nyu", "size": 480, "lr": 5e-4, "wd": 1e-2, "batch": 24, "epochs": 25, "warmup": 0},
+    "space": {"data": "data/imagenet/val", "size": 256}, "pca": {"size": 256}, "toy": {},
 }
 SMALL = {  # with --demo
     "classify": {"size": 32, "batch": 500, "epochs": 30, "lr": 5e-3, "cache": True},
     "segment": {"size": 32, "lr": 2e-3, "steps": 300, "warmup": 30, "width": 64},
-    "depth": {"size": 32, "lr": 2e-3, "epochs": 5, "width": 64}, "space": {"size": 32, "images": 500}, "pca": {"size": 32},
-    "toy": {},
+    "depth": {"size": 32, "lr": 2e-3, "epochs": 5, "width": 64},
+    "space": {"size": 32, "images": 500}, "pca": {"size": 32}, "toy": {},
 }
 
 
@@ -501,8 +510,8 @@ def parse_args(what):
         add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
             help="of the frozen models' arithmetic")
     if what in ("classify", "segment", "depth", "space"):
-        add("--data", default="data/" + {"segment": "ADEChallengeData2016", "depth": "nyu"}.get(what, "imagenet"),
-            help=LAYOUTS[what][0] if what in LAYOUTS else "folder of class folders" + " in train/ and val/" * (what[0] == "c"))
+        folders = {"classify": "class folders of images in train/ and val/", "space": "class folders of images"}
+        add("--data", default=paper["data"], help=folders.get(what) or LAYOUTS[what][0])
         add("--workers", type=svg.not_negative, default=8, help="data loading processes")
     if what in ("classify", "space"):
         add("--encode-batch", type=svg.positive, default=64, help="images encoded at a time")
@@ -514,7 +523,7 @@ def parse_args(what):
     if what in ("classify", "depth"):
         add("--epochs", type=svg.positive, default=paper["epochs"], help="passes over the training images")
     if what == "classify":
-        add("--cache", action="store_true", help="encode each image once, uncropped, instead of new crops in every epoch")
+        add("--cache", action="store_true", help="encode each image once, uncropped, not new crops in every epoch")
     if what in LAYOUTS:
         add("--width", type=svg.positive, default=256, help="channels of the head")
         add("--warmup", type=svg.not_negative, default=paper["warmup"], help="steps of rising learning rate")

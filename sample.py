@@ -235,8 +235,8 @@ def need_alignment(ae, path, args):
     """Refuse to encode by running statistics that an autoencoder does not have."""
     aligned = ae.channels > ae.feature_channels and ae.config["align"] != "none"
     if args.align != "batch" and aligned and ae.alignment_batches == 0:
-        raise svg.UserError(f"{path} keeps no running alignment statistics, as the authors' does: give --align "
-                            f"batch")
+        raise svg.UserError(f"{path} keeps no running alignment statistics, as the authors' does: give "
+                            f"--align batch")
 
 
 def reconstruct(args, device):
@@ -301,8 +301,8 @@ def edit_mask(photo_size, box, size, grid, outside=False):
     inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)
     chosen = ~inside if outside else inside
     if not chosen.any():
-        raise svg.UserError(f"{given}{' --outside' * outside}: no token has its centre there; a token is a square of "
-                            f"{size / grid / scale:.0f} pixels, and only the picture's central square is encoded")
+        raise svg.UserError(f"{given}{' --outside' * outside}: no token has its centre there; a token is a square "
+                            f"of {size / grid / scale:.0f} pixels, and only the central square is encoded")
     u, v = (x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)
     gauss = torch.exp(-2 * (u * u + v * v))  # its sigma is half the box
     return (chosen * (1 - gauss if outside else gauss)).flatten().unsqueeze(1)
@@ -373,8 +373,8 @@ def edit(args, device):
         mask = (weights.view(ae.grid, ae.grid, 1).cpu().numpy() * 255).round().astype(np.uint8).repeat(3, 2)
         mask = mask.repeat(ae.ratio, 0).repeat(ae.ratio, 1)
         labels = ("original", "reconstruction", "noise (white: all new)", f"edit: class {args.classes[0]}")
-        title = (f"{args.edit}: t_edit {args.t_edit:g}, {args.steps} Euler steps, guidance {args.guidance:g}, "
-                 f"seed {args.seed}")
+        title = (f"{args.edit}: t_edit {args.t_edit:g}, {args.steps} Euler steps, "
+                 f"guidance {args.guidance:g}, seed {args.seed}")
         tiles = np.stack([original, before, mask, after])
         svg.grid_image(tiles, 4, labels, title, max(192, ae.image_size)).save(beside(out, ".png"))
         print(f"{out / Path(args.edit).stem}.png and {beside(out, '.png')}, by {path}")

@@ -321,7 +321,8 @@ def load_encoder(path, name=None):
 
     path: an official DINOv3, DINOv2 or MAE `.pth`, DINO's or SigLIP2's Hugging Face `.safetensors` (with or without
     its text tower), or a file that holds an encoder of ours (demo.pt). The architecture is told from the shapes, or
-    given as a `name` of ENCODERS; every tensor must fit. Raises UserError that names the missing, unexpected or misshapen tensors.
+    given as a `name` of ENCODERS; every tensor must fit. Raises UserError that names the missing, unexpected or
+    misshapen tensors.
     """
     weights = read_safetensors(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
     return encoder_from_weights(weights, path, name)
@@ -357,12 +358,13 @@ def _detect(weights, path):
     depth = 1 + max([int(k.split(".")[1]) for k in weights if k.startswith("blocks.")], default=0)
     swiglu = "blocks.0.mlp.w1.weight" in weights
     cls = "cls_token" in weights
-    seen = (dim, patch, registers, swiglu, cls)
-    fits = [name for name, c in ENCODERS.items()
-            if (c["dim"], c["patch"], c.get("registers", 0), c.get("swiglu", False), c.get("cls", True)) == seen]
+    seen = {"dim": dim, "patch": patch, "registers": registers, "swiglu": swiglu, "cls": cls}
+    absent = {"registers": 0, "swiglu": False, "cls": True}
+    fits = [name for name, c in ENCODERS.items() if seen.items() <= {**absent, **c}.items()]
     if not fits:
         raise UserError(f"{path}: a ViT of width {dim}, patch {patch}, {registers} registers, depth {depth}"
-                        f"{', SwiGLU' if swiglu else ''}{'' if cls else ', no CLS token'} is none of {', '.join(ENCODERS)}")
+                        f"{', SwiGLU' if swiglu else ''}{'' if cls else ', no CLS token'} is none of "
+                        f"{', '.join(ENCODERS)}")
     return fits[0]
 
 
@@ -511,7 +513,8 @@ class Autoencoder(nn.Module):
         if not self.config["residual_channels"]:
             return features
         residual = self.residual_head(self.residual(imagenet_normalize(images))[:, 1:]).float()  # [B, N, 8]
-        align = align or ("none" if self.config["align"] == "none" else "batch" if self.training else "running")
+        if not align:
+            align = "none" if self.config["align"] == "none" else "batch" if self.training else "running"
         if align == "none":
             statistics = None
         elif align == "batch":
@@ -576,7 +579,8 @@ class Autoencoder(nn.Module):
         indices = indices[rank()::world_size()]
         chunks = [[(i, 0) for i in indices[j:j + batch].tolist()] for j in range(0, len(indices), batch)]
         images = torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)
-        if self.alignment_batches == 0 and self.config["residual_channels"] and self.config["align"] != "none":
+        aligned = self.config["residual_channels"] and self.config["align"] != "none"
+        if self.alignment_batches == 0 and aligned:
             total = torch.zeros(5, dtype=torch.float64)
             for x, _, _ in images:
                 x = to_float(x, device)
