@@ -75,6 +75,8 @@ def parse_args():
     args = p.parse_args()
     if args.npz and not os.path.isdir(os.path.dirname(args.npz) or "."):
         raise svg.UserError(f"--npz {args.npz}: no such folder")
+    if args.outside and not args.edit:
+        raise svg.UserError("--outside goes with --edit")
     for mode, flag in (("edit", "box"), ("interpolate", "seeds")):
         if bool(getattr(args, mode)) != bool(getattr(args, flag)):
             raise svg.UserError(f"--{mode} and --{flag} go together: give both or neither")

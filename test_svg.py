@@ -950,7 +950,7 @@ class BadInput(Case):
                 ("sample --dem", ["--dem"])):
             self.refused(command, *words)
         for command, words in (("sample --edit good/a/0.png", ["--edit", "--box"]),
-                               ("sample --box 1,1,9,9", ["--edit", "--box"]),
+                               ("sample --box 1,1,9,9", ["--edit", "--box"]), ("sample --outside", ["--edit"]),
                                ("sample --interpolate slerp --class 3", ["--interpolate", "--seeds"]),
                                ("sample --interpolate slerp --seeds 1 2", ["--interpolate", "--class"]),
                                ("sample --edit x.png --box 9,1,1,9 --class 3", ["--box", "9,1,1,9"]),
