@@ -90,10 +90,12 @@ def _texture(rng, n, hue, value):
     return a + (b - a) * np.asarray(weight, np.float32)[..., None]
 
 
-def draw(label, rng, size=SIZE):
-    """One picture of class `label`: uint8 [size, size, 3] and its outline mask, float [size, size]."""
+def draw(label, rng, size=SIZE, radius=None):
+    """One picture of class `label`: uint8 [size, size, 3] and its outline mask, float [size, size]. radius: of the
+    figure, in pictures; default random.
+    """
     n = 4 * size  # drawn large and averaged down: smooth edges
-    radius = rng.uniform(0.30, 0.44) * n
+    radius = (radius or rng.uniform(0.30, 0.44)) * n
     centre = n / 2 + rng.uniform(-1, 1, 2) * (0.5 * n - radius) * 0.8
     angle = rng.uniform(-0.3, 0.3)
     turn = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
@@ -140,6 +142,23 @@ class Shapes(torch.utils.data.Dataset):
 def dataset(split, count=None):
     """The demo's "train" (20,000) or "val" (2,000) images, which share no seed."""
     return Shapes(count or {"train": 20000, "val": 2000}[split], {"train": 1, "val": 2}[split])
+
+
+def scenes(task, split):
+    """600 "train" or 100 "val" pairs (uint8 [32, 32, 3], target [32, 32]) for the dense probes.
+
+    segment: 0 = ground, 1 + class = figure. depth, in metres: a figure 0.9 m wide, 1 to 3 m before a camera whose
+    focal length is the picture's width, so that it looks the smaller the farther it is; behind it a wall at 4 m.
+    """
+    pairs = []
+    for i in range({"train": 600, "val": 100}[split]):
+        rng = np.random.default_rng(({"train": 5, "val": 6}[split], i))
+        metres = rng.uniform(1, 3)
+        picture, mask = draw(i % len(CLASSES), rng, radius=0.45 / metres if task == "depth" else None)
+        figure = mask > 0.5
+        pairs.append((picture, figure * (1 + i % len(CLASSES)) if task == "segment" else
+                      np.where(figure, metres, 4.0).astype(np.float32)))
+    return pairs
 
 
 # -- The frozen encoder: a DINOv3 architecture of 0.2M parameters, taught class and outline ----------------

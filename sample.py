@@ -1,16 +1,20 @@
-"""Every picture: class-conditional samples of a trained model, and reconstructions of real images.
+"""Every picture: class-conditional samples of a trained model, reconstructions, edits, interpolations.
 
     python sample.py --steps 5                           # the last run, or the shipped demo.pt if there is none
     python sample.py --classes 207 360 --seed 1
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --guidance 1.55 --npz samples.npz           # for FID
     python sample.py --reconstruct val/ --out reconstructions
+    python sample.py --edit photo.jpg --box 60,40,200,180 --class 207                    # paper, appendix C
+    python sample.py --interpolate slerp lerp --class 207 --seeds 1 2 --frames 8         # appendix D
 
 Writes samples/000000.png and so on, named by global index; samples.json beside them says what they are and
 samples.png is an overview. Image i depends on --seed and i alone, not on batch size or number of processes.
 """
+import argparse
 import json
 import os
 import shutil
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -26,40 +30,75 @@ DEMO_PT = Path(__file__).parent / "demo.pt"
 
 def parse_args():
     p = svg.Parser(__doc__)
-    add = p.add_argument
+    add = p.add_argument_group("model").add_argument
     add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
     add("--ckpt", help="transformer checkpoint, ours or the authors' (default: the newest run, else demo.pt)")
     add("--ae", help="autoencoder checkpoint (default: the one the transformer was trained on)")
     add("--any-ae", action="store_true", help="decode by --ae even if the transformer was not trained on it")
     add("--latent-stats", help="the authors' statistics file: latent mean and std")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-    add("--out", help="folder to write (default: samples, or reconstructions)")
+    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
+        help="of the models' arithmetic; the sampler's state is fp32")
+
+    add = p.add_argument_group("samples").add_argument
+    add("--out", help="folder to write (default: samples, reconstructions, edit or interpolation)")
     add("--overwrite", action="store_true", help="replace what another run left in --out")
     add("--num", type=svg.positive, default=40, help="images in all")
-    add("--classes", nargs="+", help="class numbers or names, taken in turn (default: all)")
+    add("--classes", "--class", nargs="+", help="class numbers or names, taken in turn (default: all)")
     add("--labels", choices=("balanced", "random"), default="balanced", help="classes in turn, or drawn at random")
     add("--seed", type=svg.not_negative, default=0, help="of noise and random labels")
-    add("--steps", type=svg.positive, default=25, help="Euler steps")
+    add("--steps", type=svg.positive, default=25, help="Euler steps; 100 in editing")
     add("--guidance", type=svg.number(), default=4.0, help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
     add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
         help="range of t that is guided")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
-    add("--shift", type=svg.number(above=0), default=0.15, help="timestep shift in sampling")
+    add("--shift", type=svg.number(above=0), default=0.15, help="timestep shift in sampling; 0.4 in editing")
     add("--batch-size", type=svg.positive, default=64, help="images at a time and process")
     svg.add_speed_flags(p)
     p.set_defaults(compile=False)  # a minute's wait pays off only for thousands of images
     add("--npz", help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM's evaluator")
-    add("--reconstruct", metavar="DIR", help="instead of sampling, encode and decode the images of a folder")
-    add("--align", choices=("running", "batch"), default="running",
-        help="alignment statistics of --reconstruct; the authors' checkpoint allows only batch")
+
+    group = p.add_argument_group("instead of samples")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--reconstruct", metavar="DIR", help="encode and decode the images of a folder")
+    add("--edit", metavar="PHOTO", help="redraw --box of a picture as one --class")
+    add("--interpolate", nargs="+", choices=("slerp", "lerp"), help="walk between the noises of two --seeds")
+    add = group.add_argument
+    add("--align", choices=("running", "batch"),
+        help="alignment statistics of encoding (default: running; the authors' checkpoint allows only batch)")
+    add("--box", type=box, metavar="X0,Y0,X1,Y1", help="what to redraw, in pixels of the picture")
+    add("--outside", action="store_true", help="redraw all but the box")
+    add("--t-edit", type=svg.number(0, 0.99), default=0.2,
+        help="how far the flow is inverted, of 1 (data) to 0 (noise); lower changes more")
+    add("--seeds", type=svg.not_negative, nargs=2, metavar=("A", "B"), help="ends of the interpolation")
+    add("--frames", type=svg.positive, default=8, help="of the interpolation, both ends included")
+    if any(a.split("=")[0] == "--edit" for a in sys.argv[1:]):
+        p.set_defaults(steps=100, shift=0.4)  # paper, appendix C
     args = p.parse_args()
     if args.npz and not os.path.isdir(os.path.dirname(args.npz) or "."):
         raise svg.UserError(f"--npz {args.npz}: no such folder")
+    if args.outside and not args.edit:
+        raise svg.UserError("--outside goes with --edit")
+    for mode, flag in (("edit", "box"), ("interpolate", "seeds")):
+        if bool(getattr(args, mode)) != bool(getattr(args, flag)):
+            raise svg.UserError(f"--{mode} and --{flag} go together: give both or neither")
+        if getattr(args, mode) and len(args.classes or ()) != 1:
+            raise svg.UserError(f"--{mode} needs one class: --class 207")
     return args
 
 
-def find_models(args, device):
-    """The transformer and the autoencoder that belong together, and the first's path."""
+def box(text):
+    """argparse type: "x0,y0,x1,y1", a rectangle in whole pixels."""
+    values = [int(v) if v.strip().isdigit() else -1 for v in text.split(",")]
+    if len(values) != 4 or min(values) < 0 or values[0] >= values[2] or values[1] >= values[3]:
+        raise argparse.ArgumentTypeError(f"'{text}' is not x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1")
+    return values
+
+
+def find_models(args, device, encoder=False):
+    """The transformer and the autoencoder that belong together, and the first's path; encoder=None: one that can
+    encode too.
+    """
     path = args.ckpt or (not args.bench and svg.latest_run("dit", demo=True if args.demo else None)) or DEMO_PT
     sit = svg.load_sit(path).to(device)
     trained_on = sit.meta.get("autoencoder", {})
@@ -68,7 +107,7 @@ def find_models(args, device):
         raise svg.UserError(f"{path} does not say which autoencoder it was trained on: name it by --ae")
     if not os.path.exists(ae_path):
         raise svg.UserError(f"{path} needs the autoencoder {ae_path}, which is not there: name it by --ae")
-    ae = svg.load_autoencoder(ae_path, encoder=False).to(device)
+    ae = svg.load_autoencoder(ae_path, encoder, args.weights).to(device)
     if (sit.channels, sit.grid) != (ae.channels, ae.grid):
         raise svg.UserError(f"{path} makes latents of {sit.grid}x{sit.grid}x{sit.channels}, the autoencoder {ae_path} "
                             f"takes {ae.grid}x{ae.grid}x{ae.channels}: they do not belong together")
@@ -130,8 +169,16 @@ def claim_folder(out, settings, overwrite):
     svg.barrier()
 
 
-def draw(sit, ae, noise, y, args):
-    """Noise [B, N, C] and labels [B] -> images, uint8 [B, H, W, 3]."""
+def describe(sit, ae, args, *told):
+    """What decides the pictures, for the record beside them."""
+    told += ("seed", "steps", "guidance", "zero_init", "shift", "precision")
+    return {"step": sit.meta.get("step"), "transformer": svg.fingerprint(sit.state_dict()),
+            "autoencoder": ae.fingerprint, **{k: getattr(args, k) for k in told},
+            "guidance_interval": list(args.guidance_interval)}
+
+
+def images_from_noise(sit, ae, noise, y, args):
+    """noise [B, N, C], labels y [B] -> uint8 [B, H, W, 3]."""
     with torch.no_grad(), svg.autocast(noise.device, args.precision):
         latents = svg.euler_sample(sit, noise, y, args.steps, args.guidance, args.shift, args.zero_init,
                                    args.guidance_interval)
@@ -148,7 +195,7 @@ def bench(args, device):
 
     def make(n):
         noise = svg.sample_noise(args.seed, range(n), (sit.grid ** 2, sit.channels)).to(device)
-        return lambda: draw(sit, ae, noise, torch.arange(n, device=device) % sit.num_classes, args)
+        return lambda: images_from_noise(sit, ae, noise, torch.arange(n, device=device) % sit.num_classes, args)
 
     svg.bench(args, device, make, args.batch_size * svg.world_size(), script="sample", model=str(path),
               euler_steps=args.steps, guidance=args.guidance)
@@ -166,11 +213,7 @@ def generate(args, device):
     classes = sit.meta.get("classes", [])
     numbers = class_numbers(args.classes, classes, sit.num_classes)
     out = Path(args.out or "samples")
-    told = ("num", "classes", "labels", "seed", "steps", "guidance", "zero_init", "shift", "precision")
-    settings = {"step": sit.meta.get("step"), "transformer": svg.fingerprint(sit.state_dict()),
-                "autoencoder": ae.fingerprint, **{k: getattr(args, k) for k in told},
-                "guidance_interval": list(args.guidance_interval)}
-    claim_folder(out, settings, args.overwrite)
+    claim_folder(out, describe(sit, ae, args, "num", "classes", "labels"), args.overwrite)
     shipped = Path(path) == DEMO_PT
     if svg.rank() == 0:
         print("no run below runs/: using the shipped demo.pt" if shipped and not args.ckpt else f"using {path}")
@@ -182,7 +225,7 @@ def generate(args, device):
         indices = mine[j:j + args.batch_size]
         noise = svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels)).to(device)
         y = torch.tensor([label_of(i, numbers, args) for i in indices], device=device)
-        for i, image in zip(indices, draw(sit, ae, noise, y, args), strict=True):
+        for i, image in zip(indices, images_from_noise(sit, ae, noise, y, args), strict=True):
             Image.fromarray(image).save(out / f"{i:06d}.png")
         if svg.rank() == 0 and len(mine) > args.batch_size:
             done = j + len(indices)
@@ -215,12 +258,18 @@ def write_npz(path, files):
         temporary.unlink(missing_ok=True)
 
 
+def need_alignment(ae, path, args):
+    """Refuse to encode by running statistics that an autoencoder does not have."""
+    if args.align != "batch" and not ae.aligned:
+        raise svg.UserError(f"{path} keeps no running alignment statistics, as the authors' does: give "
+                            f"--align batch")
+
+
 def reconstruct(args, device):
     """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG."""
     path = args.ae or svg.latest_run("ae", demo=True if args.demo else None) or DEMO_PT
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
-    if args.align == "running" and ae.channels > ae.feature_channels and ae.alignment_batches == 0:
-        raise svg.UserError(f"{path} keeps no running alignment statistics, as the authors' does: give --align batch")
+    need_alignment(ae, path, args)
     targets = {}
     for file in svg.list_images(args.reconstruct):
         target = os.path.splitext(os.path.relpath(file, args.reconstruct))[0] + ".png"
@@ -262,10 +311,143 @@ def reconstruct(args, device):
         print(f"{len(targets)} images reconstructed by {path} in {out}/, overview in {beside(out, '.png')}")
 
 
+# -- Editing (paper, appendix C) ---------------------------------------------------------------------------
+
+def edit_mask(photo_size, box, size, grid, outside=False):
+    """Weights [grid*grid, 1] of the noise: a 2-D Gaussian about the box's centre for the tokens in the box, or what
+    it leaves of 1 for those outside; 0 for the others. The box is in pixels of the picture, of photo_size (width,
+    height); its central square, shrunk to `size` pixels, is what is encoded.
+    """
+    given, scale = f"--box {','.join(map(str, box))}", size / min(photo_size)
+    shift = [(round(n * scale) - size) // 2 for n in photo_size]
+    x0, y0, x1, y1 = ((v * scale - shift[i % 2]) * grid / size for i, v in enumerate(box))  # in tokens
+    if max(box[0::2]) > photo_size[0] or max(box[1::2]) > photo_size[1]:
+        raise svg.UserError(f"{given}: the picture has {photo_size[0]} x {photo_size[1]} pixels")
+    y, x = torch.meshgrid(torch.arange(grid) + 0.5, torch.arange(grid) + 0.5, indexing="ij")
+    inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)
+    chosen = ~inside if outside else inside
+    if not chosen.any():
+        raise svg.UserError(f"{given}{' --outside' * outside}: no token has its centre there; a token is a square "
+                            f"of {size / grid / scale:.0f} pixels, and only the central square is encoded")
+    u, v = (x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)
+    gauss = torch.exp(-2 * (u * u + v * v))  # its sigma is half the box
+    return (chosen * (1 - gauss if outside else gauss)).flatten().unsqueeze(1)
+
+
+def invert(model, latents, times):
+    """Run the flow back along rising `times` (the last is 1) without class; {t: state} at each of them."""
+    trajectory = {times[-1]: latents}
+
+    def record(t, x):
+        trajectory[t] = x
+        return x
+
+    null = torch.full(latents.shape[:1], model.num_classes, device=latents.device)
+    svg.euler_sample(model, latents, null, times[::-1], after=record)
+    return trajectory
+
+
+def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0)):
+    """Redraw normalised latents [1, N, C] as class y [1] where weights [N, 1] are above 0; the rest stays, bit for
+    bit.
+
+    The flow is inverted to times[0]; there the noise is renewed by its weight, sqrt(1 - w^2) old + w new, and again
+    after each step by the share in which the step lowers it, so that what is new fades with 1 - t; elsewhere the
+    inverted trajectory is put back.
+    """
+    trajectory = invert(model, latents, times)
+    chosen, steps = weights > 0, {t: i for i, t in enumerate(times)}
+
+    def renew(t, x, old, share):
+        w = weights * share ** 0.5
+        new = svg.sample_noise(seed, [steps[t]], x.shape[1:]).to(x.device)
+        return torch.where(chosen, x + (1 - t) * (((1 - w * w).sqrt() - 1) * old + w * new), trajectory[t])
+
+    def after(t, x):
+        nonlocal state
+        t_from = times[steps[t] - 1]
+        velocity = (x - state) / (t - t_from)
+        state = renew(t, x, x - t * velocity, (t - t_from) / (1 - t_from))
+        return state
+
+    t, start = times[0], trajectory[times[0]]
+    state = renew(t, start, (start - t * latents) / (1 - t), 1.0)
+    return svg.euler_sample(model, state, y, times, guidance, zero_init=False, after=after,
+                            guidance_interval=guidance_interval)
+
+
+def edit(args, device):
+    """Redraw the box of a picture as a class; an overview shows original, reconstruction, mask and edit."""
+    sit, ae, path = find_models(args, device, encoder=None)
+    need_alignment(ae, path, args)
+    y = torch.tensor(class_numbers(args.classes, sit.meta.get("classes", []), sit.num_classes), device=device)
+    photo = svg.open_rgb(args.edit)
+    weights = edit_mask(photo.size, args.box, ae.image_size, ae.grid, args.outside).to(device)
+    out = Path(args.out or "edit")
+    told = ("edit", "box", "outside", "t_edit", "classes", "align")
+    claim_folder(out, describe(sit, ae, args, *told), args.overwrite)
+    original = svg.crop(photo, ae.image_size)
+    times = [args.t_edit, *(t for t in svg.euler_times(args.steps, args.shift) if t > args.t_edit)]
+    with torch.no_grad(), svg.autocast(device, args.precision):
+        latents = ae.encode(svg.to_float(torch.from_numpy(original)[None], device), args.align)
+        latents = ae.normalize(latents).float()
+        edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance,
+                              args.guidance_interval)
+        before, after = (svg.to_uint8(ae.decode(ae.denormalize(z)))[0] for z in (latents, edited))
+    if svg.rank() == 0:
+        Image.fromarray(after).save(out / f"{Path(args.edit).stem}.png")
+        mask = (weights.view(ae.grid, ae.grid, 1).cpu().numpy() * 255).round().astype(np.uint8).repeat(3, 2)
+        mask = mask.repeat(ae.ratio, 0).repeat(ae.ratio, 1)
+        labels = ("original", "reconstruction", "noise (white: all new)", f"edit: class {args.classes[0]}")
+        title = (f"{args.edit}: t_edit {args.t_edit:g}, {args.steps} Euler steps, "
+                 f"guidance {args.guidance:g}, seed {args.seed}")
+        tiles = np.stack([original, before, mask, after])
+        svg.grid_image(tiles, 4, labels, title, max(192, ae.image_size)).save(beside(out, ".png"))
+        print(f"{out / Path(args.edit).stem}.png and {beside(out, '.png')}, by {path}")
+
+
+# -- Interpolation (paper, appendix D) ---------------------------------------------------------------------
+
+def interpolate_noise(a, b, weights, kind):
+    """Noises [n, N, C] between a and b [N, C] at weights [n] of b: along the line (lerp), or along the great circle
+    (slerp), which keeps the length that noise has.
+    """
+    w = weights.view(-1, 1, 1)
+    if kind == "lerp":
+        return (1 - w) * a + w * b
+    angle = torch.acos(torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
+    if angle < 1e-4:  # the same seed twice
+        return a.expand(len(w), -1, -1)
+    return (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
+
+
+def interpolate(args, device):
+    """Frames from the first sample of one seed to that of another, and a labelled strip, for each kind."""
+    sit, ae, path = find_models(args, device)
+    y = torch.tensor(class_numbers(args.classes, sit.meta.get("classes", []), sit.num_classes), device=device)
+    out = Path(args.out or "interpolation")
+    claim_folder(out, describe(sit, ae, args, "interpolate", "seeds", "frames", "classes"), args.overwrite)
+    a, b = (svg.sample_noise(seed, [0], (sit.grid ** 2, sit.channels))[0] for seed in args.seeds)
+    weights = torch.linspace(0, 1, args.frames)
+    for kind in args.interpolate:
+        noise = interpolate_noise(a, b, weights, kind).to(device)
+        frames = np.concatenate([images_from_noise(sit, ae, part, y.expand(len(part)), args)
+                                 for part in noise.split(args.batch_size)])
+        if svg.rank() == 0:
+            for i, frame in enumerate(frames):
+                Image.fromarray(frame).save(out / f"{kind}-{i:06d}.png")
+            labels = [f"seed {args.seeds[0]}", *(f"{w:.2f}" for w in weights[1:-1]), f"seed {args.seeds[1]}"]
+            title = f"{kind}, class {args.classes[0]}: {args.steps} Euler steps, guidance {args.guidance:g}"
+            svg.grid_image(frames, len(frames), labels[:len(frames)], title).save(beside(out, f"-{kind}.png"))
+            print(f"{out}/{kind}-*.png and {beside(out, f'-{kind}.png')}, by {path}")
+
+
 def main():
     args = parse_args()
     device = svg.setup(args.precision)
-    (bench if args.bench else reconstruct if args.reconstruct else generate)(args, device)
+    mode = (bench if args.bench else reconstruct if args.reconstruct else edit if args.edit else
+            interpolate if args.interpolate else generate)
+    mode(args, device)
 
 
 if __name__ == "__main__":

@@ -121,11 +121,11 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, dim, heads, swiglu, layer_scale, eps, dropout):
+    def __init__(self, dim, heads, swiglu, layer_scale, eps, dropout, gelu):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=eps), nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads, dropout=dropout)
-        self.mlp = SwiGLU(dim, 4 * dim) if swiglu else Mlp(dim, 4 * dim, dropout=dropout)
+        self.mlp = SwiGLU(dim, 4 * dim) if swiglu else Mlp(dim, 4 * dim, gelu, dropout)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.dropout = nn.Dropout(dropout)
@@ -140,19 +140,22 @@ class ViT(nn.Module):
 
     grid=None gives DINOv3's rotary positions, grid=n a learned position embedding for CLS and n*n patches
     that is resized (bicubic) to other grids; `offset` and `antialias` are the two ways DINOv2's releases do
-    that. forward: normalised images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, 1 + registers
-    + h*w, dim].
+    that. cls=False leaves out the CLS token, and with it its position. imagenet says whether the images it takes
+    are normalised by ImageNet's statistics (the caller's work) or stay in [-1, 1]. forward: such images [B, 3,
+    h*patch, w*patch] -> tokens after the final norm [B, prefix + h*w, dim]; the prefix is CLS and registers.
     """
 
     def __init__(self, patch, dim, depth, heads, grid=None, registers=0, swiglu=False, layer_scale=True,
-                 eps=1e-6, offset=0.0, antialias=False, dropout=0.0):
+                 eps=1e-6, offset=0.0, antialias=False, dropout=0.0, cls=True, gelu="none", imagenet=True):
         super().__init__()
         self.patch, self.dim, self.grid, self.offset, self.antialias = patch, dim, grid, offset, antialias
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.cls, self.prefix, self.imagenet = int(cls), int(cls) + registers, imagenet
+        if cls:
+            self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         if registers:
             self.register_tokens = nn.Parameter(torch.randn(1, registers, dim) * 0.02)
         if grid:
-            self.pos_embed = nn.Parameter(torch.randn(1, 1 + grid * grid, dim) * 0.02)
+            self.pos_embed = nn.Parameter(torch.randn(1, self.cls + grid * grid, dim) * 0.02)
         else:
             n = dim // heads // 4
             self.register_buffer("rope_periods", 100.0 ** (torch.arange(n) / n), persistent=False)
@@ -160,26 +163,27 @@ class ViT(nn.Module):
         self.patch_embed.proj = nn.Conv2d(3, dim, patch, patch)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(dim, heads, swiglu, layer_scale, eps, dropout) for _ in range(depth))
+            Block(dim, heads, swiglu, layer_scale, eps, dropout, gelu) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.prefix = 1 + registers
 
     def positions(self, h, w):
-        """The learned position embedding on an h x w grid, CLS first: [1, 1 + h*w, dim]."""
+        """The learned position embedding on an h x w grid, that of CLS first: [1, cls + h*w, dim]."""
         n = self.grid
         if (h, w) == (n, n):
             return self.pos_embed
-        patches = self.pos_embed[:, 1:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)
+        patches = self.pos_embed[:, self.cls:].float().reshape(1, n, n, -1).permute(0, 3, 1, 2)
         where = {"size": (h, w)}
         if self.offset:  # gives a scale instead of a size, which moves the sampling positions
             where = {"scale_factor": ((h + self.offset) / n, (w + self.offset) / n)}
         patches = F.interpolate(patches, mode="bicubic", antialias=self.antialias, **where)
-        return torch.cat([self.pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+        return torch.cat([self.pos_embed[:, :self.cls], patches.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, x):
         x = self.patch_embed.proj(x)
         B, _, h, w = x.shape
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        x = x.flatten(2).transpose(1, 2)  # [B, h*w, dim]
+        if self.cls:
+            x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)
         angles = None
         if self.grid:
             x = x + self.positions(h, w)
@@ -196,6 +200,8 @@ class ViT(nn.Module):
 _DINOV3 = {"patch": 16, "registers": 4, "eps": 1e-5}
 _DINOV2 = {"patch": 14, "grid": 37, "offset": 0.1}
 _DINOV2_REG = {"patch": 14, "grid": 37, "registers": 4, "antialias": True}
+_MAE = {"patch": 16, "grid": 14, "layer_scale": False}
+_SIGLIP2 = {"patch": 16, "grid": 16, "layer_scale": False, "cls": False, "gelu": "tanh", "imagenet": False}
 _S = {"dim": 384, "depth": 12, "heads": 6}
 _B = {"dim": 768, "depth": 12, "heads": 12}
 _L = {"dim": 1024, "depth": 24, "heads": 16}
@@ -210,6 +216,8 @@ ENCODERS = {  # name: arguments of ViT
     "dinov2_vits14_reg": dict(_DINOV2_REG, **_S),
     "dinov2_vitb14_reg": dict(_DINOV2_REG, **_B),
     "dinov2_vitl14_reg": dict(_DINOV2_REG, **_L),
+    "mae_vitb16": dict(_MAE, **_B),
+    "siglip2_vitb16_256": dict(_SIGLIP2, **_B),
 }
 
 
@@ -245,7 +253,8 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, grid=None, cls=False):
-        """Patch tokens [B, h*w, D], with cls=True also the CLS token: ([B, D], [B, h*w, D]).
+        """Patch tokens [B, h*w, D], with cls=True also the CLS token: ([B, D], [B, h*w, D]);
+        where there is none (SigLIP2) the mean of the patch tokens.
 
         grid: (h, w) tokens; images are resized to it (bicubic, antialiased) where they do not fit. Default:
         as many as the patches that fit exactly, else one per 16 pixels (256-pixel images become 224 for a
@@ -255,32 +264,37 @@ class Encoder(nn.Module):
         h, w = grid or [n // patch if n % patch == 0 else n // 16 for n in size]
         if size != (h * patch, w * patch):
             images = F.interpolate(images.float(), (h * patch, w * patch), mode="bicubic", antialias=True)
-        tokens = self.vit(imagenet_normalize(images)).float()
+        tokens = self.vit(imagenet_normalize(images) if self.vit.imagenet else images).float()
         patches = tokens[:, self.vit.prefix:]
-        return (tokens[:, 0], patches) if cls else patches
+        return (tokens[:, 0] if self.vit.cls else patches.mean(1), patches) if cls else patches
 
 
-# Names in other layouts -> the official DINO names: Hugging Face (transformers 4 and 5) and torchvision.
+# Names in other layouts -> DINO's and MAE's official names: Hugging Face (transformers 4 and 5), torchvision.
 _RENAMES = [(re.compile(a), b) for a, b in [
     (r"^(dinov\d_?\w*\.)?(model\.|encoder\.)?layer\.(\d+)\.", r"blocks.\3."),
-    (r"^encoder\.layers\.encoder_layer_(\d+)\.", r"blocks.\1."),
-    (r"^embeddings\.patch_embeddings\.(projection\.)?|^conv_proj\.", "patch_embed.proj."),
-    (r"^embeddings\.(position_embeddings)$|^encoder\.pos_embedding$", "pos_embed"),
+    (r"^vision_model\.", ""),
+    (r"^encoder\.layers\.(encoder_layer_)?(\d+)\.", r"blocks.\2."),
+    (r"^embeddings\.patch_embeddings?\.(projection\.)?|^conv_proj\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embedding(s|\.weight)$|^encoder\.pos_embedding$", "pos_embed"),
     (r"^embeddings\.|^model\.(?=norm\.)", ""),
     (r"^storage_tokens$", "register_tokens"),
     (r"^class_token$", "cls_token"),
-    (r"^layernorm\.|^encoder\.ln\.", "norm."),
-    (r"\.ln_(\d)\.", r".norm\1."),
-    (r"\.attention\.(attention\.)?(query|q_proj)\.", ".attn.q."),
-    (r"\.attention\.(attention\.)?(key|k_proj)\.", ".attn.k."),
-    (r"\.attention\.(attention\.)?(value|v_proj)\.", ".attn.v."),
-    (r"\.attention\.(o_proj|output\.dense)\.|\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"^(post_)?layernorm\.|^encoder\.ln\.", "norm."),
+    (r"\.(ln_|layer_norm)(\d)\.", r".norm\2."),
+    (r"\.(attention|self_attn)\.(attention\.)?(query|q_proj)\.", ".attn.q."),
+    (r"\.(attention|self_attn)\.(attention\.)?(key|k_proj)\.", ".attn.k."),
+    (r"\.(attention|self_attn)\.(attention\.)?(value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(o_proj|output\.dense)\.|\.self_att(entio)?n\.out_proj\.", ".attn.proj."),
     (r"\.self_attention\.in_proj_", ".attn.qkv."),
     (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.gate_proj\.", ".mlp.w1."),
     (r"\.mlp\.0\.", ".mlp.fc1."),
     (r"\.mlp\.3\.", ".mlp.fc2."),
 ]]
+
+# Not part of the vision tower: what pretraining alone used, constants, SigLIP2's pooling head and text tower.
+_UNUSED = re.compile(r"mask_token$|rope_embed\.periods$|decoder_|text_model\.|logit_(scale|bias)$|"
+                     r"head\.(probe|attention|layernorm|mlp)\b")
 
 
 def to_official_names(weights):
@@ -291,8 +305,8 @@ def to_official_names(weights):
     for key, value in weights.items():
         for pattern, replacement in _RENAMES:
             key = pattern.sub(replacement, key)
-        if key not in ("mask_token", "rope_embed.periods"):  # DINO's pretraining alone; constants
-            out[key] = value
+        if not _UNUSED.match(key):
+            out[key] = value[None] if key == "pos_embed" and value.ndim == 2 else value
     gated = any(".mlp.w1." in k for k in out)
     up, down = ("w2", "w3") if gated else ("fc1", "fc2")
     out = {k.replace(".mlp.up_proj.", f".mlp.{up}.").replace(".mlp.down_proj.", f".mlp.{down}."): v
@@ -314,9 +328,10 @@ def to_official_names(weights):
 def load_encoder(path, name=None):
     """Load a frozen encoder: encoder(images [B, 3, H, W] in [-1, 1]) -> patch tokens [B, N, D].
 
-    path: an official DINOv3 or DINOv2 `.pth`, the same weights as Hugging Face `.safetensors`, or a file that
-    holds an encoder of ours (demo.pt). The architecture is told from the shapes, or given as a `name` of
-    ENCODERS; every tensor must fit. Raises UserError that names the missing, unexpected or misshapen tensors.
+    path: an official DINOv3, DINOv2 or MAE `.pth`, DINO's or SigLIP2's Hugging Face `.safetensors` (with or without
+    its text tower), or a file that holds an encoder of ours (demo.pt). The architecture is told from the shapes, or
+    given as a `name` of ENCODERS; every tensor must fit. Raises UserError that names the missing, unexpected or
+    misshapen tensors.
     """
     weights = read_safetensors(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
     return encoder_from_weights(weights, path, name)
@@ -329,6 +344,8 @@ def encoder_from_weights(weights, path, name=None):
     if "vit" in weights and need(weights, ("name", "vit", "model"), path):  # ours: the architecture stands beside the tensors
         name, config, weights = weights["name"], weights["vit"], weights["model"]
     else:
+        if isinstance(weights.get("model"), dict):  # MAE
+            weights = weights["model"]
         weights = to_official_names(weights)
         if not name:
             name = _detect(weights, path)
@@ -342,19 +359,21 @@ def encoder_from_weights(weights, path, name=None):
 
 def _detect(weights, path):
     try:
-        dim, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
-    except (KeyError, AttributeError):
+        dim, _, _, patch = weights["patch_embed.proj.weight"].shape
+    except (KeyError, AttributeError, ValueError):
         raise UserError(f"{path}: not an encoder: no cls_token and patch_embed.proj among its {len(weights)} entries "
                         f"({', '.join(map(str, list(weights)[:3]))}, ...); give one of {', '.join(ENCODERS)}") from None
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     depth = 1 + max([int(k.split(".")[1]) for k in weights if k.startswith("blocks.")], default=0)
     swiglu = "blocks.0.mlp.w1.weight" in weights
-    seen = (dim, patch, registers, swiglu)
-    fits = [name for name, c in ENCODERS.items()
-            if (c["dim"], c["patch"], c.get("registers", 0), c.get("swiglu", False)) == seen]
+    cls = "cls_token" in weights
+    seen = {"dim": dim, "patch": patch, "registers": registers, "swiglu": swiglu, "cls": cls}
+    absent = {"registers": 0, "swiglu": False, "cls": True}
+    fits = [name for name, c in ENCODERS.items() if seen.items() <= {**absent, **c}.items()]
     if not fits:
         raise UserError(f"{path}: a ViT of width {dim}, patch {patch}, {registers} registers, depth {depth}"
-                        f"{', SwiGLU' if swiglu else ''} is none of {', '.join(ENCODERS)}")
+                        f"{', SwiGLU' if swiglu else ''}{'' if cls else ', no CLS token'} is none of "
+                        f"{', '.join(ENCODERS)}")
     return fits[0]
 
 
@@ -477,11 +496,11 @@ class Autoencoder(nn.Module):
     encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). image_size: pixels;
     grid: tokens per side, default image_size // 16; their ratio must be a power of two. Any other image size
     whose sides are multiples of that ratio works too. residual: arguments of the residual ViT; decoder:
-    arguments of Decoder.
+    arguments of Decoder. align: "none" never aligns the residual (the ablation of table 4).
     """
 
     def __init__(self, encoder, residual_channels=8, image_size=256, grid=None, mask_ratio=0.1, residual=None,
-                 decoder=None, feature_channels=None):
+                 decoder=None, feature_channels=None, align="batch"):
         super().__init__()
         grid = grid or image_size // 16
         self.ratio = image_size // grid
@@ -496,7 +515,7 @@ class Autoencoder(nn.Module):
         decoder = {"ch": 128, "ch_mult": ((1,) * levels + (1, 2, 2, 4))[-levels:], **(decoder or {})}
         self.config = {"residual_channels": residual_channels, "image_size": image_size, "grid": grid,
                        "mask_ratio": mask_ratio, "residual": residual, "decoder": decoder,
-                       "feature_channels": self.feature_channels}
+                       "feature_channels": self.feature_channels, "align": align}
         if residual_channels:
             self.residual = ViT(patch=self.ratio, grid=grid, layer_scale=False, **residual)
             dim = residual["dim"]
@@ -509,7 +528,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
         self.fingerprint = None  # of the checkpoint it came from
-        self._aligned = False
+        self._aligned = not residual_channels or align == "none"
         self.to(memory_format=torch.channels_last)
 
     def encode(self, images, align=None, masked=None):
@@ -517,17 +536,20 @@ class Autoencoder(nn.Module):
 
         align: "batch" uses this batch's statistics (over all ranks while training) and so makes a latent
         depend on its neighbours, as the authors' code does in training and inference alike; "running" uses
-        those gathered in training. Default: batch while training, running in eval, so that
-        encode(batch)[i] == encode(batch[i:i+1]). masked: bool [B], whose residual tokens the mask token replaces
-        while training (default: drawn at random).
+        those gathered in training; "none" leaves the residual as it is. Default: batch while training, running
+        in eval, so that encode(batch)[i] == encode(batch[i:i+1]); none where that is how it was trained.
+        masked: bool [B], whose residual tokens the mask token replaces while training (default: drawn at random).
         """
         h, w = (n // self.ratio for n in images.shape[-2:])
         features = self.encoder(images, grid=(h, w))
         if not self.config["residual_channels"]:
             return features
         residual = self.residual_head(self.residual(imagenet_normalize(images))[:, 1:]).float()  # [B, N, 8]
-        align = align or ("batch" if self.training else "running")
-        if align == "batch":
+        if not align:
+            align = "none" if self.config["align"] == "none" else "batch" if self.training else "running"
+        if align == "none":
+            statistics = None
+        elif align == "batch":
             statistics = torch.stack(channel_statistics(features, self.training)
                                      + channel_statistics(residual, self.training))
             if self.training:  # a batch that is not finite is skipped, here as by the optimiser
@@ -544,8 +566,10 @@ class Autoencoder(nn.Module):
             if masked is None:
                 masked = torch.rand(len(images), device=images.device) < self.mask_ratio
             residual = torch.where(masked.view(-1, 1, 1), self.mask_token, residual)
-        mean_f, std_f, mean_r, std_r = statistics
-        return torch.cat([features, (residual - mean_r) / (std_r + 1e-6) * std_f + mean_f], -1)
+        if statistics is not None:
+            mean_f, std_f, mean_r, std_r = statistics
+            residual = (residual - mean_r) / (std_r + 1e-6) * std_f + mean_f
+        return torch.cat([features, residual], -1)
 
     def decode(self, latents, grid=None):
         """latents [B, h*w, C] -> images [B, 3, H, W], nominally in [-1, 1]; grid: (h, w), default square."""
@@ -566,7 +590,7 @@ class Autoencoder(nn.Module):
 
     @property
     def aligned(self):
-        """Whether running alignment statistics are known; asked of the device only until they are."""
+        """Whether running alignment statistics are known, or not needed; asked of the device only until they are."""
         self._aligned = self._aligned or bool(self.alignment_batches > 0)
         return self._aligned
 
@@ -595,7 +619,7 @@ class Autoencoder(nn.Module):
         indices = indices[rank()::world_size()]
         chunks = [[(i, 0) for i in indices[j:j + batch].tolist()] for j in range(0, len(indices), batch)]
         images = torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)
-        if not self.aligned and self.config["residual_channels"]:
+        if not self.aligned:
             total = torch.zeros(5, dtype=torch.float64)
             for x, _, _ in images:
                 x = to_float(x, device)
@@ -881,17 +905,24 @@ def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
     return (velocity - (latents - noise)).square().mean((1, 2))
 
 
+def euler_times(steps, shift):
+    """The `steps` + 1 times of the sampler, from 0 (noise) to 1 (data)."""
+    return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+
+
 @torch.no_grad()
 def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
-                 guidance_interval=(0.0, 1.0)):
+                 guidance_interval=(0.0, 1.0), after=None):
     """Integrate noise [B, N, C] (t = 0) to latents [B, N, C] (t = 1) for labels y [B] in `steps` Euler steps.
 
+    steps: a number, or the times themselves: from data back to noise they invert the flow.
+    after: a function (t, x) -> x that sees, and may change, the state that each step arrives at.
     guidance s: v = v_u + s (v_c - v_u) on all channels where t lies in guidance_interval; both in one batch.
     zero_init: where the first step is guided its velocity is replaced by 0; without guidance it is never
     skipped.
     """
     x, null = noise.float(), torch.full_like(y, model.num_classes)
-    times = shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
+    times = euler_times(steps, shift) if isinstance(steps, int) else steps
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         guided = guidance != 1 and guidance_interval[0] <= t <= guidance_interval[1]
         if guided and zero_init and i == 0:
@@ -903,6 +934,7 @@ def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=Tru
         else:
             v = model(x, torch.full((len(x),), t, device=x.device), y).float()
         x = x + (t_next - t) * v
+        x = after(t_next, x) if after else x
     return x
 
 
@@ -1060,6 +1092,8 @@ def missing_weights(path):
         return (f"{path} is missing: Meta gives DINOv3 out after a licence form (https://ai.meta.com/resources/"
                 f"models-and-libraries/dinov3-downloads/); put the file there under that name, or use the open "
                 f"DINOv2: --encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
+    if name == "mae_pretrain_vit_base.pth":
+        return f"{path} is missing; download it from https://dl.fbaipublicfiles.com/mae/pretrain/{name}"
     if name in DOWNLOADS:
         return f"{path} is missing; download it from {DOWNLOADS[name][0]}/{name}"
     return f"{path}: no such file"

@@ -179,6 +179,8 @@ def parse_args():
     p.add_argument("--image-size", type=svg.positive, default=256, help="pixels per side")
     p.add_argument("--grid", type=svg.positive, default=16, help="latent tokens per side")
     p.add_argument("--residual-channels", type=svg.not_negative, default=8, help="latent channels of the residual encoder")
+    p.add_argument("--align", choices=("batch", "none"), default="batch",
+                   help="alignment of the residual to the encoder's statistics; none: the ablation of table 4")
     p.add_argument("--residual-dim", type=svg.positive, default=384, help="width of the residual encoder")
     p.add_argument("--residual-depth", type=svg.positive, default=6, help="layers of the residual encoder")
     p.add_argument("--residual-dropout", type=svg.number(0, 1), default=0.1, help="dropout in the residual encoder")
@@ -220,7 +222,7 @@ def main():
     residual = {"dim": args.residual_dim, "depth": args.residual_depth, "heads": heads,
                 "dropout": args.residual_dropout}
     model = svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid, residual=residual,
-                            decoder=decoder_size(args))
+                            decoder=decoder_size(args), align=args.align)
     lpips = LPIPS(vgg).to(device) if args.lpips else None
     disc = PatchDiscriminator()
     checkpoint = None
