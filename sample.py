@@ -37,8 +37,6 @@ def parse_args():
     add("--any-ae", action="store_true", help="decode by --ae even if the transformer was not trained on it")
     add("--latent-stats", help="the authors' statistics file: latent mean and std")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-    add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
-        help="of the models' arithmetic; the sampler's state is fp32")
 
     add = p.add_argument_group("samples").add_argument
     add("--out", help="folder to write (default: samples, reconstructions, edit or interpolation)")
