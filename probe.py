@@ -122,7 +122,7 @@ def fit_linear(features, labels, classes, epochs, batch, lr, wd, seed):
 def classify(args, device):
     """Linear probe on the mean of the tokens (paper: AdamW 5e-4, weight decay 1e-2, batch 3072, 30 epochs)."""
     features, _, path = load_features(args, device)
-    train, val = (demo.dataset(s, n) if args.demo else svg.ImageFolder(os.path.join(args.data, s), args.size)
+    train, val = (demo.dataset(s, n) if args.demo else svg.open_data(os.path.join(args.data, s), args.size)
                   for s, n in (("train", 3000), ("val", 1000)))
     if train.classes != val.classes:
         raise svg.UserError(f"--data {args.data}: train/ and val/ hold different class folders")
@@ -376,8 +376,8 @@ def separability(x, labels, seed):
 def space(args, device):
     """Separability of each space: all tokens of an image together, on the first 64 principal axes."""
     features, known, path = load_features(args, device)
-    data = demo.dataset("val") if args.demo else svg.ImageFolder(args.data, args.size)
-    labels = np.array([data[i, 0][1] for i in range(len(data))] if args.demo else [y for _, y in data.items])
+    data = demo.dataset("val") if args.demo else svg.open_data(args.data, args.size)
+    labels = np.array([data[i, 0][1] for i in range(len(data))]) if args.demo else data.labels
     share = max(1, args.images // len(data.classes))
     chosen = np.concatenate([np.flatnonzero(labels == c)[:share] for c in range(len(data.classes))])
     if len(data.classes) < 2 or len(chosen) < 20:

@@ -97,7 +97,7 @@ def find_models(args, device, encoder=False):
     """The transformer and the autoencoder that belong together, and the first's path; encoder=None: one that can
     encode too.
     """
-    path = args.ckpt or (not args.bench and svg.latest_run("dit", demo=True if args.demo else None)) or DEMO_PT
+    path = args.ckpt or svg.latest_run("dit", demo=True if args.demo else None) or DEMO_PT
     sit = svg.load_sit(path).to(device)
     trained_on = sit.meta.get("autoencoder", {})
     ae_path = args.ae or (path if Path(path).name == "demo.pt" else trained_on.get("path"))
@@ -184,8 +184,9 @@ def images_from_noise(sit, ae, noise, y, args):
 
 
 def bench(args, device):
-    """Time the sampling of batches: of --ckpt or --demo, else of fresh models of the paper's size."""
+    """Time the sampling of batches: of --ckpt or, with --demo, demo.pt, else of fresh models of the paper's size."""
     if args.ckpt or args.demo:
+        args.ckpt = args.ckpt or DEMO_PT
         sit, ae, path = find_models(args, device)
     else:
         sit, ae, path = svg.SiT("XL").to(device).eval(), svg.Autoencoder(None, feature_channels=384).to(device).eval(), "XL"

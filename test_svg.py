@@ -1494,7 +1494,7 @@ class BadInput(Case):
                               (MINI_DIT + " --name new --label-dropout", "2"),
                               (MINI_DIT + " --name new --ema-decay", "5")):
             self.refused(f"{command} {flag}", command.split()[-1], f"'{flag}'")
-        with mock.patch("svg.world_size", lambda: 3):
+        with mock.patch("svg.world_size", lambda: 3), mock.patch("svg.barrier"):
             self.refused(MINI_AE + " --name new", "--batch 8", "3 processes")
             self.refused(MINI_DIT + " --name new", "--batch 8", "3 processes")
 
