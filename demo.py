@@ -127,7 +127,7 @@ class Shapes(torch.utils.data.Dataset):
     classes = CLASSES
 
     def __init__(self, count, seed):
-        self.seed, self.images = seed, [None] * count
+        self.seed, self.images, self.labels = seed, [None] * count, np.arange(count) % len(CLASSES)
 
     def __len__(self):
         return len(self.images)
@@ -147,7 +147,7 @@ def dataset(split, count=None):
 def scenes(task, split):
     """600 "train" or 100 "val" pairs (uint8 [32, 32, 3], target [32, 32]) for the dense probes.
 
-    segment: 0 = ground, 1 + class = figure. depth, in metres: a figure 0.9 m wide, 1 to 3 m before a camera whose
+    segment: 1 = ground, 2 + class = figure. depth, in metres: a figure 0.9 m wide, 1 to 3 m before a camera whose
     focal length is the picture's width, so that it looks the smaller the farther it is; behind it a wall at 4 m.
     """
     pairs = []
@@ -156,8 +156,9 @@ def scenes(task, split):
         metres = rng.uniform(1, 3)
         picture, mask = draw(i % len(CLASSES), rng, radius=0.45 / metres if task == "depth" else None)
         figure = mask > 0.5
-        pairs.append((picture, figure * (1 + i % len(CLASSES)) if task == "segment" else
-                      np.where(figure, metres, 4.0).astype(np.float32)))
+        target = (np.where(figure, 2 + i % len(CLASSES), 1).astype(np.int32) if task == "segment" else
+                  np.where(figure, metres, 4.0).astype(np.float32))
+        pairs.append((picture, target))
     return pairs
 
 

@@ -1,6 +1,6 @@
 """The pictures of probe.py: t-SNE maps, principal components as colours, predictions, velocity fields.
 
-Nothing here reads a file or a flag; each function takes arrays and returns an array or a Pillow image.
+Nothing here reads a file; each function takes arrays and returns an array or a Pillow image.
 """
 import colorsys
 import math
@@ -36,7 +36,8 @@ def tsne(x, perplexity=30, steps=400, seed=0):
     """Exact t-SNE (van der Maaten and Hinton, 2008) of x [n, d] to [n, 2], for up to some thousand points."""
     n = len(x)
     d2 = torch.cdist(x, x).square()
-    low, high, eye = torch.full((n, 1), 1e-12).to(x), torch.full((n, 1), 1e12).to(x), torch.eye(n, dtype=torch.bool)
+    low, high = torch.full((n, 1), 1e-12).to(x), torch.full((n, 1), 1e12).to(x)
+    eye = torch.eye(n, dtype=torch.bool)
     target = math.log(min(perplexity, (n - 1) / 3))
     for _ in range(60):  # bisection, in logarithms, for the precision whose neighbours have the perplexity
         beta = (low * high).sqrt()
@@ -69,25 +70,46 @@ def ramp(values):
     return 255 * np.clip(np.concatenate([2 * v - 0.2, 2 * v - 1, 0.4 + v - 2.2 * v * v], -1), 0, 1)
 
 
-def dense_picture(task, args, shown):
-    """Columns of image, label and prediction; a legend of the metres for depth."""
-    far = max(t.max() for _, t, _ in shown)
+def dense_picture(args, shown):
+    """Rows of images, targets and predictions of --probe; 0, the unknown, is black."""
+    task, far = args.probe, max(target.max() for _, target, _ in shown)
 
     def colour(values):
         if task == "depth":
-            return ramp(values / far) * (values > 0)[..., None]
-        rng = np.random.default_rng(5)
-        return np.concatenate([rng.integers(40, 256, (150, 3)), np.zeros((1, 3))])[values]
+            return (ramp(values / far) * (values > 0)[..., None]).astype(np.uint8)
+        drawn = np.random.default_rng(5).integers(40, 256, (150, 3))
+        return np.concatenate([np.zeros((1, 3)), drawn]).astype(np.uint8)[values]
 
-    side = max(96, min(192, args.size))
-    rows = [[i, *(colour(v).astype(np.uint8) for v in (t, a))] for i, t, a in shown]
-    tiles = [np.asarray(Image.fromarray(np.asarray(row[k])).resize((side, side), Image.Resampling.NEAREST))
-             for k in range(3) for row in rows]
+    rows = zip(*((image, colour(target), colour(answer)) for image, target, answer in shown), strict=True)
+    tiles = np.stack([enlarge([picture], max(96, min(192, args.size)))[0] for row in rows for picture in row])
     labels = [name for name in ("image", "label", "prediction") for _ in shown]
-    names = "segmentation, a colour for each class, black: no label"
-    if task == "depth":
-        names = f"depth, dark blue 0 m to yellow {far:.1f} m, black: unknown"
-    return svg.grid_image(np.stack(tiles), len(shown), labels, f"{names}, {args.features} features")
+    title = (f"depth, dark blue 0 m to yellow {far:.1f} m, black: unknown" if task == "depth" else
+             "segmentation, a colour for each class, black: no label")
+    return svg.grid_image(tiles, len(shown), labels, f"{title}, {args.features} features")
+
+
+def feature_picture(name, photos, maps):
+    """Photos [n, H, W, 3] above the principal components of their features [n, C, h, w]."""
+    colours = component_colours(maps.flatten(2).transpose(1, 2), maps.shape[2:])
+    tiles = np.concatenate([enlarge(x, 160) for x in (photos, colours)])
+    return svg.grid_image(tiles, len(photos), title=f"{name}: principal components as RGB")
+
+
+def hidden_picture(title, times, decoded, features, hidden):
+    """Per layer the principal components of its tokens, a column for each t; above them what x_t decodes to
+    [T, H, W, 3] and the encoder's channels [1, N, C]. hidden: {name: tokens [T, N, C]}.
+    """
+    def colours(x):
+        return enlarge(component_colours(x, (math.isqrt(x.shape[1]),) * 2), 128)
+
+    tiles = [enlarge(decoded, 128), colours(features)]
+    labels = [*(f"x_t decoded, t {t:.2f}" for t in times), "encoder channels, t 1"]
+    for name, x in hidden.items():
+        x = F.layer_norm(x - x.mean(1, keepdim=True), x.shape[-1:])  # size and mean change with t, far more
+        tiles += [colours(x), np.full((1, 128, 128, 3), 255, np.uint8)]
+        labels += [*(f"{name}, t {t:.2f}" for t in times), ""]
+    title += ": principal components of hidden states"
+    return svg.grid_image(np.concatenate(tiles), len(times) + 1, labels, title)
 
 
 def class_colours(count):
@@ -102,9 +124,10 @@ def space_picture(panels, labels, classes, side=300):
     shown = classes[:40]
     sheet = Image.new("RGB", (len(panels) * side, side + 90 + 16 * -(-len(shown) // columns)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    pen.text((8, 4), "t-SNE of whole latents, coloured by class", fill="black", font=ImageFont.load_default(14))
+    big = ImageFont.load_default(14)
+    pen.text((8, 4), "t-SNE of whole latents, coloured by class", fill="black", font=big)
     for k, (name, numbers, xy) in enumerate(panels):
-        pen.text((k * side + 8, 28), name, fill="black", font=ImageFont.load_default(14))
+        pen.text((k * side + 8, 28), name, fill="black", font=big)
         text = "  ".join(f"{a} {b:.2f}" for a, b in numbers.items())
         pen.text((k * side + 8, 48), text, fill="black", font=font)
         pen.rectangle((k * side + 4, 68, (k + 1) * side - 4, side + 68), outline="#bbbbbb")

@@ -7,9 +7,11 @@
     python probe.py pca --class 207                                     # hidden states (figures 10, 11)
     python probe.py toy                                                 # mean velocity fields (figure 4b)
 
-Each takes --help, and --demo for a run of a minute on a CPU without download. --features chooses encoder,
-residual, latent (both) or pixels. Writes numbers and pictures as probes/<probe>.json and .png.
+Each takes --help, and all but toy take --demo: a run of a minute on a CPU without download. --features
+chooses encoder, residual, latent (both) or pixels. Numbers and pictures go to probes/<probe>.json and .png.
 """
+import functools
+import itertools
 import json
 import math
 import os
@@ -34,55 +36,60 @@ SPACES = ("encoder", "residual", "latent", "pixels")
 # -- Frozen features ---------------------------------------------------------------------------------------
 
 def load_features(args, device):
-    """A function (images [B, 3, H, W], space) -> float map [B, C, h, w], and what it was loaded from.
+    """A function (images [B, 3, H, W], space) -> float map [B, C, h, w], the spaces it has, and its file.
 
-    By --encoder FILE a frozen encoder alone, else an autoencoder: its encoder's channels, its aligned residual, or
-    both; pixels are the picture's own, one token of 3 * patch * patch channels for each patch.
+    --encoder is a frozen encoder alone, --ae an autoencoder: its encoder's channels, its aligned residual, or
+    both; pixels are the picture's own, one token of 3 * ratio * ratio channels for each patch.
     """
     if args.encoder:
-        path, model = args.encoder, svg.load_encoder(svg.fetch_weights(args.encoder, args.weights)).to(device)
-        ratio, known = 16 if model.vit.patch == 14 else model.vit.patch, ("encoder", "pixels")
+        path, model = args.encoder, svg.load_encoder(svg.fetch_weights(args.encoder, args.weights))
+        ratio, split, channels = 16 if model.vit.patch == 14 else model.vit.patch, model.dim, model.dim
     else:
         path = args.ae or (sample.DEMO_PT if args.demo else svg.latest_run("ae", demo=False))
         if not path:
-            raise svg.UserError("no stage-1 run below runs/: name one by --ae, or an encoder by --encoder, or try "
-                                "--demo")
-        model = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
-        ratio, known = model.ratio, SPACES if model.config["residual_channels"] else ("encoder", "pixels")
-    if getattr(args, "features", "pixels") not in known:
+            raise svg.UserError("no stage-1 run below runs/: name one by --ae, or an encoder by --encoder")
+        model = svg.load_autoencoder(path, weights_dir=args.weights)
+        ratio, split, channels = model.ratio, model.feature_channels, model.channels
+    known, model = SPACES if channels > split else ("encoder", "pixels"), model.to(device)
+    if args.features not in known:
         raise svg.UserError(f"--features {args.features}: {path} has {', '.join(known)} only")
 
     @torch.no_grad()
     def features(images, space):
-        h, w = (n // ratio for n in images.shape[-2:])
         if space == "pixels":
             return F.pixel_unshuffle(images, ratio)
+        h, w = (n // ratio for n in images.shape[-2:])
         with svg.autocast(device, args.precision):
             tokens = model(images, grid=(h, w)) if args.encoder else model.encode(images)
-        split = tokens.shape[-1] if args.encoder else model.feature_channels
         tokens = {"encoder": tokens[..., :split], "residual": tokens[..., split:], "latent": tokens}[space]
         return tokens.float().transpose(1, 2).unflatten(2, (h, w))
 
     return features, known, str(path)
 
 
-def in_order(dataset, indices, batch, workers):
-    """Batches (images, labels, corrupt) of the chosen items of a dataset, in their order."""
-    chunks = [[(int(i), 0) for i in indices[j:j + batch]] for j in range(0, len(indices), batch)]
-    return torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)
+def encode(function, data, blocks, args, device):
+    """For each block of indices [function(images), labels] of its images, taken --encode-batch at a time."""
+    parts = [block.split(args.encode_batch) for block in blocks]
+    items = [[(i, 0) for i in part.tolist()] for part in itertools.chain(*parts)]
+    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=items, num_workers=args.workers))
+    for part in parts:
+        rows = [(function(svg.to_float(images, device)), y)
+                for images, y, _ in itertools.islice(batches, len(part))]
+        yield [torch.cat(column).to(device) for column in zip(*rows, strict=True)]
 
 
-def report(args, what, numbers, picture=None):
+def report(args, numbers, picture=None):
     """Print the numbers, and write them with the settings, and the picture, below --out."""
-    out = Path(args.out)
+    numbers = json.loads(json.dumps(numbers), parse_float=lambda v: round(float(v), 4))
+    out = Path(args.out, args.probe)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f"{what}.json").write_text(json.dumps({**numbers, "settings": vars(args)}, indent=1, default=str))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{out}.json").write_text(json.dumps({**numbers, "settings": vars(args)}, indent=1, default=str))
+        if picture:
+            picture.save(f"{out}.png")
     except OSError as e:
-        raise svg.UserError(f"--out {out}: could not be written ({e.strerror})") from e
-    if picture:
-        picture.save(out / f"{what}.png")
-    print(json.dumps(numbers), f"\n{out / what}.json" + f" and {out / what}.png" * bool(picture))
+        raise svg.UserError(f"--out {args.out}: could not be written ({e.strerror})") from e
+    print(json.dumps(numbers), f"\n{out}.json" + f" and {out}.png" * bool(picture))
 
 
 # -- Classification ----------------------------------------------------------------------------------------
@@ -100,81 +107,63 @@ def random_resized_crops(images, generator):
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
 
-def fit_linear(features, labels, classes, epochs, batch, lr, wd, seed):
-    """A linear head on standardised features [n, C], trained by AdamW; or on batches (x, y) of features(epoch)."""
-    torch.manual_seed(seed)
-    draw = features if callable(features) else lambda epoch: (
-        (features[i], labels[i]) for i in torch.randperm(len(features)).split(batch))
-    head = optimizer = None
-    for epoch in range(epochs):
-        for x, y in draw(epoch):
-            if head is None:
-                norm = nn.BatchNorm1d(x.shape[1], affine=False)  # spaces differ in scale
-                head = nn.Sequential(norm, nn.Linear(x.shape[1], classes)).to(x.device)
-                optimizer = torch.optim.AdamW(head.parameters(), lr, weight_decay=wd)
-            if len(x) > 1:  # a batch of one has no variance
-                optimizer.zero_grad()
-                F.cross_entropy(head(x), y).backward()
-                optimizer.step()
-    return head.eval()
-
-
 def classify(args, device):
-    """Linear probe on the mean of the tokens (paper: AdamW 5e-4, weight decay 1e-2, batch 3072, 30 epochs)."""
+    """Linear head on the mean of the tokens (paper: AdamW 5e-4, weight decay 1e-2, batch 3072, 30 epochs)."""
     features, _, path = load_features(args, device)
     train, val = (demo.dataset(s, n) if args.demo else svg.open_data(os.path.join(args.data, s), args.size)
                   for s, n in (("train", 3000), ("val", 1000)))
     if train.classes != val.classes:
         raise svg.UserError(f"--data {args.data}: train/ and val/ hold different class folders")
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, start = torch.Generator().manual_seed(args.seed), time.time()
 
-    def encode(data, augment, order):
-        for images, y, _ in in_order(data, order, args.encode_batch, args.workers):
-            images = svg.to_float(images, device)
-            images = random_resized_crops(images, generator) if augment else images
-            yield features(images, args.features).mean((2, 3)), y.to(device)
+    def pooled(images):
+        return features(images, args.features).mean((2, 3))
 
-    def draw(epoch):
-        rows = []
-        for row in encode(train, True, np.random.default_rng((args.seed, epoch)).permutation(len(train))):
-            rows.append(row)
-            if sum(len(y) for _, y in rows) >= args.batch:
-                yield tuple(map(torch.cat, zip(*rows, strict=True)))
-                rows = []
-        if rows:
-            yield tuple(map(torch.cat, zip(*rows, strict=True)))
+    def cropped(images):
+        return pooled(random_resized_crops(images, generator))
 
-    start, x, y = time.time(), draw, None
-    if args.cache:
-        x, y = map(torch.cat, zip(*encode(train, False, np.arange(len(train))), strict=True))
-    head = fit_linear(x, y, len(train.classes), args.epochs, args.batch, args.lr, args.wd, args.seed)
-    x, y = map(torch.cat, zip(*encode(val, False, np.arange(len(val))), strict=True))
+    cached = args.cache and next(encode(pooled, train, [torch.arange(len(train))], args, device))
+    torch.manual_seed(args.seed)
+    head = None
+    for _ in range(args.epochs):
+        blocks = torch.randperm(len(train)).split(args.batch)
+        fresh = encode(cropped, train, blocks, args, device)
+        for x, y in ([column[block] for column in cached] for block in blocks) if args.cache else fresh:
+            if head is None:
+                norm = nn.BatchNorm1d(x.shape[1], affine=False)  # spaces differ in scale
+                head = nn.Sequential(norm, nn.Linear(x.shape[1], len(train.classes))).to(device)
+                optimizer = torch.optim.AdamW(head.parameters(), args.lr, weight_decay=args.wd)
+            if len(x) > 1:  # a batch of one has no variance
+                optimizer.zero_grad()
+                F.cross_entropy(head(x), y).backward()
+                optimizer.step()
+    x, y = next(encode(pooled, val, [torch.arange(len(val))], args, device))
     with torch.no_grad():
-        hits = head(x).topk(min(5, len(train.classes))).indices == y[:, None]
-    top1, top5 = (round(h.float().mean().item(), 4) for h in (hits[:, 0], hits.any(1)))
-    report(args, "classify", {"features": args.features, "of": path, "top1": top1, "top5": top5, "images": len(y),
-                              "seconds": round(time.time() - start)})
+        hits = head.eval()(x).topk(min(5, len(train.classes))).indices == y[:, None]
+    top1, top5 = (h.float().mean().item() for h in (hits[:, 0], hits.any(1)))
+    report(args, {"features": args.features, "of": path, "top1": top1, "top5": top5, "images": len(y),
+                  "seconds": round(time.time() - start)})
 
 
 # -- Segmentation and depth: a pyramid head on the single-scale map ----------------------------------------
 
 class PyramidHead(nn.Module):
-    """Map [B, C, h, w] -> [B, out, 4h, 4w]: four scales made of the one map, summed from coarse to fine (FPN)."""
+    """Map [B, C, h, w] -> [B, out, 4h, 4w]: four scales of the one map, summed from coarse to fine (FPN)."""
 
     def __init__(self, channels, out, width):
         super().__init__()
 
         def then(layer):
-            return [layer, nn.GroupNorm(1, width), nn.GELU()]
+            return nn.Sequential(layer, nn.GroupNorm(1, width), nn.GELU())
 
         def up(c):
             return then(nn.ConvTranspose2d(c, width, 2, 2))
 
-        self.scales = nn.ModuleList([nn.Sequential(*up(channels), *up(width)), nn.Sequential(*up(channels)),
-                                     nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
         self.norm = nn.BatchNorm2d(channels, affine=False)  # spaces differ in scale
+        self.scales = nn.ModuleList([nn.Sequential(up(channels), up(width)), up(channels), nn.Identity(),
+                                     nn.MaxPool2d(2, ceil_mode=True)])
         self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in (width, width, channels, channels))
-        self.smooth = nn.ModuleList(nn.Sequential(*then(nn.Conv2d(width, width, 3, padding=1))) for _ in range(4))
+        self.smooth = nn.ModuleList(then(nn.Conv2d(width, width, 3, padding=1)) for _ in range(4))
         self.head = nn.Conv2d(width, out, 1)
 
     def forward(self, x):
@@ -188,114 +177,101 @@ class PyramidHead(nn.Module):
         return self.head(total)
 
 
-def list_pairs(root, layout, splits, find):
-    """[training, test], each pairs (image, label) of files in a published layout; UserError that describes it."""
+LAYOUTS = {  # what --data holds
+    "classify": "class folders of images, or packed sets, in train/ and val/",
+    "space": "class folders of images, or a packed set",
+    "segment": "ADE20K's layout: {images,annotations}/{training,validation}/*, 0 = no label, 1 to 150",
+    "depth": "NYUv2's layout: {train,test}/<scene>/rgb_N.jpg with sync_depth_N.png in 16-bit millimetres",
+}
+
+
+def list_pairs(task, root):
+    """[training, test]: pairs (image, label) of files in a published layout; a UserError describes it."""
     sets = []
-    for split in splits:
-        pairs = find(root, split)
-        lacking = [label for _, label in pairs if not os.path.exists(label)]
-        if not pairs or lacking:
+    for split in ("images/training", "images/validation") if task == "segment" else ("train", "test"):
+        images = [Path(f) for f in svg.list_images(Path(root, split))]
+        if task == "segment":
+            labels = Path(root, split.replace("images", "annotations"))
+            pairs = [(f, (labels / f.relative_to(Path(root, split))).with_suffix(".png")) for f in images]
+        else:
+            pairs = [(f, f.with_name(f"sync_depth{f.stem[3:]}.png")) for f in images if f.stem[:3] == "rgb"]
+        lacking = [label for _, label in pairs if not label.exists()]
+        if lacking or not pairs:
             what = f"{lacking[0]} is missing" if lacking else f"no images for '{split}'"
-            raise svg.UserError(f"--data {root}: {what}; expected {layout}")
+            raise svg.UserError(f"--data {root}: {what}; expected {LAYOUTS[task]}")
         sets.append(pairs)
     return sets
 
 
-def ade20k_pairs(root, split):
-    images = Path(root, "images", split)
-    return [(f, str(Path(root, "annotations", split, Path(f).relative_to(images)).with_suffix(".png")))
-            for f in svg.list_images(images)]
-
-
-def nyu_pairs(root, split):
-    files = [Path(f) for f in svg.list_images(os.path.join(root, split))]
-    return [(str(f), str(f.with_name("sync_depth" + f.stem[3:] + ".png"))) for f in files if f.name.startswith("rgb")]
-
-
-LAYOUTS = {
-    "segment": ("ADE20K's layout: {images,annotations}/{training,validation}/*, 0 = no label, 1 to 150",
-                ("training", "validation"), ade20k_pairs),
-    "depth": ("NYUv2's layout: {train,test}/<scene>/rgb_N.jpg with sync_depth_N.png in 16-bit millimetres",
-              ("train", "test"), nyu_pairs),
-}
-
-
 def read_pair(pair, task):
-    """The image and its target [H, W]: class numbers, -1 = none; or metres, 0 = unknown."""
+    """The image and its target [H, W]: class numbers or metres, 0 = unknown."""
     image, target = pair
     if isinstance(image, np.ndarray):  # the demo's
         return Image.fromarray(image), target
     image = svg.open_rgb(image)
     try:
         with Image.open(target) as f:
-            label = np.asarray(f).astype(np.int64)
+            label = np.asarray(f).astype(np.int32)
     except (OSError, ValueError) as e:
         raise svg.UserError(f"{target}: not a readable label ({svg.brief(e)})") from e
     if label.ndim != 2 or label.shape != image.size[::-1] or (task == "segment" and label.max() > 150):
-        raise svg.UserError(f"{target}: not a label of {pair[0]} in {LAYOUTS[task][0]}")
-    return image, label - 1 if task == "segment" else (label / 1000).astype(np.float32)
+        raise svg.UserError(f"{target}: not a label of {pair[0]} in {LAYOUTS[task]}")
+    return image, label if task == "segment" else (label / 1000).astype(np.float32)
 
 
-class Crops(torch.utils.data.Dataset):
-    """Item i: a random scaled, mirrored crop (uint8 [size, size, 3], target): a function of (seed, i)."""
-
-    def __init__(self, pairs, task, args, length):
-        self.pairs, self.task, self.size, self.seed, self.length = pairs, task, args.size, args.seed, length
-        self.scale = (1, 1) if task == "depth" or args.demo else (0.5, 2)  # scaling would belie the depth
-
-    def __len__(self):
-        return self.length
-
-    def __getitem__(self, i):
-        rng = np.random.default_rng((self.seed, i))
-        image, target = read_pair(self.pairs[rng.integers(len(self.pairs))], self.task)
-        factor = self.size * rng.uniform(*self.scale) / min(image.size)
-        w, h = (round(n * factor) for n in image.size)
-        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in ((h, image.height), (w, image.width)))
-        image, target = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR)), target[rows][:, columns]
-        lack = [(0, max(0, self.size - n)) for n in (h, w)]
-        image = np.pad(image, (*lack, (0, 0)))
-        target = np.pad(target, lack, constant_values=-1 if self.task == "segment" else 0)
-        y, x = (rng.integers(0, n - self.size + 1) for n in target.shape)
-        cut = np.s_[y:y + self.size, x:x + self.size]
-        step = -1 if rng.random() < 0.5 else 1
-        return image[cut][:, ::step].copy(), target[cut][:, ::step].copy()
+def random_crops(pairs, args, numbers):
+    """Scaled, mirrored crops (uint8 [B, size, size, 3], targets), each a function of (seed, its number)."""
+    crops = []
+    for number in numbers:
+        rng = np.random.default_rng((args.seed, number))
+        image, target = read_pair(pairs[rng.integers(len(pairs))], args.probe)
+        # Scaling would belie the depth, and the demo's drawings vary enough.
+        factor = rng.uniform(*(1, 1) if args.probe == "depth" or args.demo else (0.5, 2)) * args.size
+        size = [round(n * factor / min(image.size)) for n in image.size]
+        y, x = (int(rng.integers(max(0, n - args.size) + 1)) for n in size[::-1])
+        box, step = (x, y, x + args.size, y + args.size), -1 if rng.random() < 0.5 else 1
+        ways = (image, Image.Resampling.BILINEAR), (Image.fromarray(target), Image.Resampling.NEAREST)
+        # Beyond the picture crop() fills in 0, which is unknown.
+        crops.append([np.array(part.resize(size, way).crop(box))[:, ::step] for part, way in ways])
+    return [torch.from_numpy(np.stack(parts)) for parts in zip(*crops, strict=True)]
 
 
 def sliding(predict, image, size):
-    """predict() of windows of `size` at a stride of 2/3 of it, averaged where they overlap: [1, out, H, W]."""
+    """predict() of windows of `size` at a stride of 2/3 of it, averaged in overlaps: [1, out, H, W]."""
     stride, total, count = size * 2 // 3, 0, 0
     ys, xs = ([min(i, n - size) for i in range(0, n - size + stride, stride)] for n in image.shape[-2:])
-    for y in ys:
-        for x in xs:
-            window = predict(image[..., y:y + size, x:x + size])
-            around = (x, image.shape[-1] - x - size, y, image.shape[-2] - y - size)
-            total, count = total + F.pad(window, around), count + F.pad(torch.ones_like(window), around)
+    for y, x in itertools.product(ys, xs):
+        window = predict(image[..., y:y + size, x:x + size])
+        around = (x, image.shape[-1] - x - size, y, image.shape[-2] - y - size)
+        total, count = total + F.pad(window, around), count + F.pad(torch.ones_like(window), around)
     return total / count
 
 
-def depth_loss(out, target):
-    """Scale-invariant error of log depth (Eigen et al.), with 0.15 of the scale's own error kept."""
+def dense_loss(task, out, target):
+    """Cross-entropy; of log depth the scale-invariant error (Eigen et al.), with 0.15 of the scale's own."""
+    if task == "segment":
+        return F.cross_entropy(out, target.long() - 1, ignore_index=-1)
     known = target > 0
     d = out.squeeze(1)[known] - target[known].log()
     return (d.square().mean() - 0.85 * d.mean().square()).clamp(min=1e-8).sqrt()
 
 
-def dense(task, args, device):
+def dense(args, device):
     """Train a pyramid head on frozen maps and measure it by sliding window."""
     features, _, path = load_features(args, device)
-    train, val = ((demo.scenes(task, s) for s in ("train", "val")) if args.demo else
-                  list_pairs(args.data, *LAYOUTS[task]))
+    segment = args.probe == "segment"
+    train, val = ([demo.scenes(args.probe, s) for s in ("train", "val")] if args.demo else
+                  list_pairs(args.probe, args.data))
     for pair in (train[0], val[0]):
-        read_pair(pair, task)  # so that a wrong label is refused here, not by a worker's stack trace
-    outputs = 1 if task == "depth" else 1 + len(demo.CLASSES) if args.demo else 150
-    steps = args.steps if task == "segment" else max(1, args.epochs * len(train) // args.batch)
+        read_pair(pair, args.probe)  # so that a wrong label is refused here, not by a worker's stack trace
+    outputs = 1 if not segment else 1 + len(demo.CLASSES) if args.demo else 150
+    steps = args.steps if segment else max(1, args.epochs * len(train) // args.batch)
     torch.manual_seed(args.seed)
     channels = features(torch.zeros(1, 3, args.size, args.size, device=device), args.features).shape[1]
     head = PyramidHead(channels, outputs, args.width).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), args.lr, weight_decay=args.wd)
-    crops = Crops(train, task, args, steps * args.batch)
-    crops = torch.utils.data.DataLoader(crops, args.batch, num_workers=args.workers)
+    crops = torch.utils.data.DataLoader(range(steps * args.batch), args.batch, num_workers=args.workers,
+                                        collate_fn=functools.partial(random_crops, train, args))
 
     def predict(images):
         return F.interpolate(head(features(images, args.features)), images.shape[-2:], mode="bilinear")
@@ -304,8 +280,7 @@ def dense(task, args, device):
     for step, (images, target) in enumerate(crops):
         lr = 1e-6 + (args.lr - 1e-6) * (1 - step / steps) ** 0.9  # polynomial
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / max(1, args.warmup))
-        out, target = predict(svg.to_float(images, device)), target.to(device)
-        loss = depth_loss(out, target) if task == "depth" else F.cross_entropy(out, target, ignore_index=-1)
+        loss = dense_loss(args.probe, predict(svg.to_float(images, device)), target.to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -313,44 +288,40 @@ def dense(task, args, device):
             print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
 
     head.eval()
-    confusion, errors, shown = np.zeros((outputs, outputs), np.int64), [], []
+    confusion, errors, shown = np.zeros(outputs ** 2, np.int64), [], []
     for pair in val:
-        image, target = read_pair(pair, task)
-        scale = args.size / min(image.size)
-        image = image.resize([max(args.size, round(n * scale)) for n in image.size], Image.Resampling.BILINEAR)
+        image, target = read_pair(pair, args.probe)
+        size = [max(args.size, round(n * args.size / min(image.size))) for n in image.size]
+        image = image.resize(size, Image.Resampling.BILINEAR)
         x = svg.to_float(torch.from_numpy(np.array(image))[None], device)
         with torch.no_grad():
             out = sliding(predict, x, args.size)
-            if task == "depth":
+            if not segment:
                 out = (out + sliding(predict, x.flip(-1), args.size).flip(-1)) / 2
             out = F.interpolate(out, target.shape, mode="bilinear")[0].cpu()
-        if task == "segment":
-            answer, known = out.argmax(0).numpy(), target >= 0
-            pairs = outputs * target[known] + answer[known]
-            confusion += np.bincount(pairs, minlength=outputs ** 2).reshape(outputs, outputs)
+        answer = (1 + out.argmax(0) if segment else out[0].exp().clamp(1e-3, 10)).numpy()
+        a, b = answer[target > 0], target[target > 0]
+        if segment:
+            confusion += np.bincount(outputs * (b - 1) + a - 1, minlength=outputs ** 2)
         else:
-            answer, known = out[0].exp().clamp(1e-3, 10).numpy(), target > 0
-            d = answer[known] - target[known]
-            errors.append((np.sqrt((d ** 2).mean()), (np.abs(d) / target[known]).mean()))
-        if len(shown) < 8:
-            shown.append((np.asarray(image), target, answer))
-    if task == "segment":
-        right, truth, said = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-        occurs = truth + said > 0
-        numbers = {"mIoU": (right / np.maximum(truth + said - right, 1))[occurs].mean(),
+            errors.append((np.sqrt(((a - b) ** 2).mean()), (np.abs(a - b) / b).mean()))
+        shown = [*shown, (np.asarray(image), target, answer)][:8]
+    if segment:
+        confusion = confusion.reshape(outputs, outputs)  # [truth, answer]
+        right, truth, either = np.diag(confusion), confusion.sum(1), confusion.sum(0) + confusion.sum(1)
+        numbers = {"mIoU": (right / np.maximum(either - right, 1))[either > 0].mean(),
                    "mAcc": (right / np.maximum(truth, 1))[truth > 0].mean()}
     else:
-        numbers = dict(zip(("RMSE_m", "A.Rel"), np.mean(errors, 0), strict=True))
-    numbers = {k: round(float(v), 4) for k, v in numbers.items()}
-    report(args, task, {"features": args.features, "of": path, **numbers, "images": len(val),
-                        "seconds": round(time.time() - start)}, figures.dense_picture(task, args, shown))
+        numbers = dict(zip(("RMSE_m", "A.Rel"), map(float, np.mean(errors, 0)), strict=True))
+    report(args, {"features": args.features, "of": path, **numbers, "images": len(val),
+                  "seconds": round(time.time() - start)}, figures.dense_picture(args, shown))
 
 
 # -- How separable a latent space is (figure 4a) -----------------------------------------------------------
 
 def separability(x, labels, seed):
-    """Accuracy of logistic regression and of the nearest neighbour on a held-out half of x [n, d], and the ratio
-    of between-class to within-class scatter.
+    """Accuracy of logistic regression and of the nearest neighbour on a held-out half of x [n, d], and the
+    ratio of between-class to within-class scatter.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     fit, test = order[:len(x) // 2], order[len(x) // 2:]
@@ -366,41 +337,41 @@ def separability(x, labels, seed):
 
     optimizer.step(closure)
     with torch.no_grad():
-        linear = (head(x[test]).argmax(1) == labels[test]).float().mean().item()
-    nearest = (labels[fit][torch.cdist(x[test], x[fit]).argmin(1)] == labels[test]).float().mean().item()
+        linear = head(x[test]).argmax(1)
+    nearest = labels[fit][torch.cdist(x[test], x[fit]).argmin(1)]
     means = torch.stack([x[labels == c].mean(0) for c in labels])
-    ratio = ((means - x.mean(0)).square().sum() / (x - means).square().sum()).item()
-    return {"linear": round(linear, 4), "1-NN": round(nearest, 4), "between/within": round(ratio, 4)}
+    return {"linear": (linear == labels[test]).double().mean().item(),
+            "1-NN": (nearest == labels[test]).double().mean().item(),
+            "between/within": ((means - x.mean(0)).square().sum() / (x - means).square().sum()).item()}
 
 
 def space(args, device):
     """Separability of each space: all tokens of an image together, on the first 64 principal axes."""
     features, known, path = load_features(args, device)
     data = demo.dataset("val") if args.demo else svg.open_data(args.data, args.size)
-    labels = np.array([data[i, 0][1] for i in range(len(data))]) if args.demo else data.labels
-    share = max(1, args.images // len(data.classes))
-    chosen = np.concatenate([np.flatnonzero(labels == c)[:share] for c in range(len(data.classes))])
+    labels, share = torch.as_tensor(data.labels), max(1, args.images // len(data.classes))
+    chosen = torch.cat([(labels == c).nonzero()[:share, 0] for c in range(len(data.classes))])
     if len(data.classes) < 2 or len(chosen) < 20:
-        raise svg.UserError(f"--data {args.data}: {len(chosen)} images of {len(data.classes)} classes: too few")
-    parts = {name: [] for name in known}
-    for images, _, _ in in_order(data, chosen, args.encode_batch, args.workers):
-        images = svg.to_float(images, device)
-        for name in known:
-            parts[name].append(features(images, name).flatten(1).half().cpu())
-    y, numbers, panels = torch.from_numpy(labels[chosen]), {}, []
+        what = f"{len(chosen)} images of {len(data.classes)} classes"
+        raise svg.UserError(f"--data {args.data}: {what}: too few")
+    some = np.linspace(0, len(chosen), min(len(chosen), 500), endpoint=False).astype(int)
+    numbers, panels = {}, []
     for name in known:
-        x = figures.principal(torch.cat(parts[name]).float(), 64)
-        numbers[name] = separability(x.float(), y, args.seed)
-        some = np.linspace(0, len(x), min(len(x), 500), endpoint=False).astype(int)
-        panels.append((name, numbers[name], figures.tsne(x[some].float(), seed=args.seed).numpy()))
-    numbers = {"of": path, "images": len(y), "chance": round(1 / len(data.classes), 4), **numbers}
-    report(args, "space", numbers, figures.space_picture(panels, y[some].numpy(), data.classes))
+        def flat(images, name=name):
+            return features(images, name).flatten(1).half()  # a thousand 256-pixel latents take 200 MB
+
+        x, y = (v.cpu() for v in next(encode(flat, data, [chosen], args, device)))
+        x = figures.principal(x.float(), 64).float()
+        numbers[name] = separability(x, y, args.seed)
+        panels.append((name, numbers[name], figures.tsne(x[some], seed=args.seed).numpy()))
+    report(args, {"of": path, "images": len(y), "chance": 1 / len(data.classes), **numbers},
+           figures.space_picture(panels, y[some].numpy(), data.classes))
 
 
 # -- Mean velocity fields of two classes, entangled and separated (figure 4b) ------------------------------
 
 def toy(args, device):
-    """Two classes on six blobs: the error of 1, 5, 25 Euler steps against 1000, on exact mean velocity fields.
+    """Two classes on six blobs: the error of 1, 5, 25 Euler steps against 1000, on exact mean velocities.
 
     Entangled and separated have the same data and other labels; the error is the mean distance of the ends.
     """
@@ -414,10 +385,9 @@ def toy(args, device):
 
         velocity.num_classes = 2
         ends = {steps: svg.euler_sample(velocity, noise, y, steps, shift=1.0) for steps in (1, 5, 25, 1000)}
-        errors = {s: (ends[s] - ends[1000]).norm(dim=2).mean().item() for s in (1, 5, 25)}
-        numbers[kind] = {f"error_{s}": round(error, 4) for s, error in errors.items()}
+        numbers[kind] = {f"error_{s}": (ends[s] - ends[1000]).norm(dim=2).mean().item() for s in (1, 5, 25)}
         panels.append((kind, velocity, ends[5][:, 0], numbers[kind]))
-    report(args, "toy", numbers, figures.toy_picture(panels, y))
+    report(args, numbers, figures.toy_picture(panels, y))
 
 
 # -- Principal components of hidden states and features (figures 10, 11) -----------------------------------
@@ -431,10 +401,8 @@ def pca(args, device):
         features, _, path = load_features(args, device)
         photos = np.stack([svg.crop(p, args.size) for p in photos])
         maps = features(svg.to_float(torch.from_numpy(photos), device), "encoder").cpu()
-        tiles = figures.component_colours(maps.flatten(2).transpose(1, 2), maps.shape[2:])
-        tiles = np.concatenate([figures.enlarge(x, 160) for x in (photos, tiles)])
-        picture = svg.grid_image(tiles, len(photos), title=f"{Path(path).name}: principal components as RGB")
-        return report(args, "pca", {"of": path, "images": len(photos)}, picture)
+        return report(args, {"of": path, "images": len(photos)},
+                      figures.feature_picture(Path(path).name, photos, maps))
 
     sit, ae, path = sample.find_models(args, device, encoder=None)
     names = sit.meta.get("classes", [])
@@ -442,105 +410,90 @@ def pca(args, device):
     noise = svg.sample_noise(args.seed, [0], (sit.grid ** 2, sit.channels)).to(device)
     times = svg.euler_times(25, 0.4)
     chosen = [times[i] for i in np.linspace(0, 25, args.columns).round().astype(int)]
+    layers = sorted({round(i) for i in np.linspace(0, len(sit.blocks) - 1, args.rows)})
+    states, hidden = {0.0: noise}, []
     with torch.no_grad(), svg.autocast(device, args.precision):
         if photos:
             x = svg.to_float(torch.from_numpy(svg.crop(photos[0], ae.image_size))[None], device)
             z = ae.normalize(ae.encode(x)).float()
             states = {t: (1 - t) * noise + t * z for t in chosen}
         else:
-            states = {0.0: noise}
-
-            def record(t, x):
-                return states.setdefault(t, x)
-
-            svg.euler_sample(sit, noise, y, times, args.guidance, after=record)
-        decoded = svg.to_uint8(torch.cat([ae.decode(ae.denormalize(states[t])) for t in chosen]))
-        layers = sorted({round(i) for i in np.linspace(0, len(sit.blocks) - 1, args.rows)})
-        hidden = {i: [] for i in layers}
-        hooks = [sit.blocks[i].register_forward_hook(lambda m, _, out, i=i: hidden[i].append(
-            # What differs between tokens: size and mean change with t much more.
-            F.layer_norm((out - out.mean(1, keepdim=True)).float(), out.shape[-1:]).cpu())) for i in layers]
-        for t in chosen:
-            sit(states[t], torch.full((1,), t, device=device), y)
-        for hook in hooks:
-            hook.remove()
-        final = ae.denormalize(states[chosen[-1]])[..., :ae.feature_channels].cpu()
-    shown = np.concatenate([figures.enlarge(decoded, 128),
-                            figures.enlarge(figures.component_colours(final, (ae.grid, ae.grid)), 128)])
-    tiles, labels = [*shown], [*(f"x_t decoded, t {t:.2f}" for t in chosen), "encoder channels, t 1"]
-    for i in layers:
-        colours = figures.component_colours(torch.cat(hidden[i]), (sit.grid, sit.grid))
-        tiles += [*figures.enlarge(colours, 128), np.full((128, 128, 3), 255, np.uint8)]
-        labels += [*(f"layer {i + 1}, t {t:.2f}" for t in chosen), ""]
+            svg.euler_sample(sit, noise, y, times, args.guidance, after=states.setdefault)
+        for i in layers:
+            sit.blocks[i].register_forward_hook(lambda _, inputs, out: hidden.append(out.float().cpu()))
+        x_t = torch.cat([states[t] for t in chosen])
+        sit(x_t, torch.tensor(chosen, dtype=torch.float32, device=device), y.expand(len(x_t)))
+        latents = ae.denormalize(x_t)
+        decoded = svg.to_uint8(ae.decode(latents))
+    features = latents[-1:, :, :ae.feature_channels].cpu()
     what = args.images[0] if photos else f"a sample of class {args.class_}, seed {args.seed}"
-    title = f"{Path(path).name}, {what}: principal components of hidden states"
-    report(args, "pca", {"of": str(path), "picture": what, "layers": [i + 1 for i in layers]},
-           svg.grid_image(np.stack(tiles), len(chosen) + 1, labels, title))
+    picture = figures.hidden_picture(f"{Path(path).name}, {what}", chosen, decoded, features,
+                                     {f"layer {i + 1}": out for i, out in zip(layers, hidden, strict=True)})
+    report(args, {"of": str(path), "picture": what, "layers": [i + 1 for i in layers]}, picture)
 
 
 # -- The program -------------------------------------------------------------------------------------------
 
+PROBES = {"classify": classify, "segment": dense, "depth": dense, "space": space, "pca": pca, "toy": toy}
 PAPER = {  # each probe's defaults: the paper's
-    "classify": {"data": "data/imagenet", "size": 256, "lr": 5e-4, "wd": 1e-2, "batch": 3072, "epochs": 30},
-    "segment": {"data": "data/ADEChallengeData2016", "size": 512, "lr": 8e-5, "wd": 1e-3, "batch": 16, "steps": 8000,
-                "warmup": 1500},
-    "depth": {"data": "data/nyu", "size": 480, "lr": 5e-4, "wd": 1e-2, "batch": 24, "epochs": 25, "warmup": 0},
-    "space": {"data": "data/imagenet/val", "size": 256}, "pca": {"size": 256}, "toy": {},
+    "classify": {"data": "data/imagenet", "lr": 5e-4, "wd": 1e-2, "batch": 3072, "epochs": 30},
+    "segment": {"data": "data/ADEChallengeData2016", "size": 512, "lr": 8e-5, "wd": 1e-3, "batch": 16,
+                "warmup": 1500, "steps": 8000},
+    "depth": {"data": "data/nyu", "size": 480, "lr": 5e-4, "wd": 1e-2, "batch": 24, "epochs": 25},
+    "space": {"data": "data/imagenet/val"},
 }
 SMALL = {  # with --demo
-    "classify": {"size": 32, "batch": 500, "epochs": 30, "lr": 5e-3, "cache": True},
-    "segment": {"size": 32, "lr": 2e-3, "steps": 300, "warmup": 30, "width": 64},
-    "depth": {"size": 32, "lr": 2e-3, "epochs": 5, "width": 64},
-    "space": {"size": 32, "images": 500}, "pca": {"size": 32}, "toy": {},
+    "classify": {"batch": 500, "lr": 5e-3, "cache": True},
+    "segment": {"lr": 2e-3, "steps": 300, "warmup": 30, "width": 64},
+    "depth": {"lr": 2e-3, "epochs": 5, "width": 64},
+    "space": {"images": 500},
 }
+IDLE = {"--demo": "--data", "--images": "--guidance",  # flags that do nothing beside another
+        "--encoder": "--ae --any-ae --ckpt --latent-stats --class --guidance --rows --columns"}
 
 
 def parse_args(what):
-    p = svg.Parser(globals()[what if what in globals() else "dense"].__doc__)
-    p.prog, p.demo, paper = f"probe.py {what}", {**SMALL[what], "workers": 0}, PAPER[what]
-    add = p.add_argument
-    add("--demo", action="store_true", help="built-in data and model, tiny sizes, no download")
-    add("--out", default="probes", help="folder for the numbers and the picture")
-    add("--seed", type=svg.not_negative, default=0, help="of weights, order, crops and noise")
-    if what != "toy":
-        add("--encoder", help="frozen encoder alone: a file in the weights folder, or a path")
-        add("--ae", help="autoencoder checkpoint (default: the newest run; the shipped one with --demo)")
-        add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-        add("--size", type=svg.positive, default=paper["size"], help="pixels per side of a crop")
-        add("--precision", choices=("fp32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
-            help="of the frozen models' arithmetic")
-    if what in ("classify", "segment", "depth", "space"):
-        folders = {"classify": "class folders of images in train/ and val/", "space": "class folders of images"}
-        add("--data", default=paper["data"], help=folders.get(what) or LAYOUTS[what][0])
-        add("--workers", type=svg.not_negative, default=8, help="data loading processes")
-    if what in ("classify", "space"):
-        add("--encode-batch", type=svg.positive, default=64, help="images encoded at a time")
-    if what in ("classify", "segment", "depth"):
-        add("--features", choices=SPACES, default="encoder", help="which frozen features the head sees")
-        add("--lr", type=svg.number(above=0), default=paper["lr"], help="AdamW's learning rate, at first")
-        add("--wd", type=svg.number(), default=paper["wd"], help="weight decay")
-        add("--batch", type=svg.positive, default=paper["batch"], help="images per step")
-    if what in ("classify", "depth"):
-        add("--epochs", type=svg.positive, default=paper["epochs"], help="passes over the training images")
-    if what == "classify":
-        add("--cache", action="store_true", help="encode each image once, uncropped, not new crops in every epoch")
-    if what in LAYOUTS:
-        add("--width", type=svg.positive, default=256, help="channels of the head")
-        add("--warmup", type=svg.not_negative, default=paper["warmup"], help="steps of rising learning rate")
-        add("--log-every", type=svg.positive, default=50, help="steps between progress lines")
-    if what == "segment":
-        add("--steps", type=svg.positive, default=paper["steps"], help="training steps")
-    if what == "space":
-        add("--images", type=svg.positive, default=1000, help="images in all, equally many of each class")
+    p = svg.Parser(PROBES[what].__doc__)
+    p.prog, p.demo = f"probe.py {what}", {"size": 32, "workers": 0, **SMALL.get(what, {})}
+
+    def add(probes, flag, **settings):
+        if what in probes.split():
+            p.add_argument(flag, **settings)
+
+    heads = "classify segment depth"
+    sets, models = f"{heads} space", f"{heads} space pca"
+    p.add_argument("--out", default="probes", help="folder for the numbers and the picture")
+    p.add_argument("--seed", type=svg.not_negative, default=0, help="of weights, order, crops and noise")
     if what == "pca":
-        add("--images", nargs="+", metavar="FILE", help="pictures (default: a sample of --class)")
-        add("--ckpt", help="transformer checkpoint (default: the newest run, else demo.pt)")
-        add("--any-ae", action="store_true", help="take --ae even if the transformer was not trained on it")
-        add("--latent-stats", help="the authors' statistics file: latent mean and std")
-        add("--class", dest="class_", default="0", help="class number or name that the transformer is told")
-        add("--guidance", type=svg.number(), default=4.0, help="guidance scale of the sample")
-        add("--rows", type=svg.positive, default=4, help="layers shown")
-        add("--columns", type=svg.positive, default=6, help="times shown")
+        sample.add_model_flags(p.add_argument)
+    add(sets, "--demo", action="store_true", help="built-in data and model, tiny sizes, no download")
+    add(sets, "--ae", help="autoencoder checkpoint (default: the newest run; demo.pt with --demo)")
+    add(sets, "--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
+    add(models, "--encoder", help="frozen encoder alone: a file in the weights folder, or a path")
+    add(models, "--size", type=svg.positive, help="pixels per side of a crop")
+    add(models, "--precision", choices=("fp32", "bf16"), help="of the frozen models' arithmetic",
+        default="bf16" if torch.cuda.is_available() else "fp32")
+    add(sets, "--data", help=LAYOUTS.get(what))
+    add(sets, "--workers", type=svg.not_negative, default=8, help="data loading processes")
+    add("classify space", "--encode-batch", type=svg.positive, default=64, help="images encoded at a time")
+    add(heads, "--features", choices=SPACES, help="which frozen features the head sees")
+    add(heads, "--lr", type=svg.number(above=0), help="AdamW's learning rate, at first")
+    add(heads, "--wd", type=svg.number(), help="weight decay")
+    add(heads, "--batch", type=svg.positive, help="images per step")
+    add("classify depth", "--epochs", type=svg.positive, help="passes over the training images")
+    add("classify", "--cache", action="store_true", help="encode each image once, uncropped, for all epochs")
+    add("segment", "--steps", type=svg.positive, help="training steps")
+    add("segment depth", "--width", type=svg.positive, default=256, help="channels of the head")
+    add("segment depth", "--warmup", type=svg.not_negative, default=0, help="steps of rising learning rate")
+    add("segment depth", "--log-every", type=svg.positive, default=50, help="steps between progress lines")
+    add("space", "--images", type=svg.positive, default=1000, help="images in all, shared by the classes")
+    add("pca", "--images", nargs="+", metavar="FILE", help="pictures (default: a sample of --class)")
+    add("pca", "--class", dest="class_", default="0", help="number or name of the class it is told")
+    add("pca", "--guidance", type=svg.number(), default=4.0, help="guidance scale of the sample")
+    add("pca", "--rows", type=svg.positive, default=4, help="layers shown")
+    add("pca", "--columns", type=svg.positive, default=6, help="times shown")
+    p.set_defaults(**{"probe": what, "features": "encoder", "size": 256, **PAPER.get(what, {})})
+    svg.refuse_idle(IDLE, {"--size": "--encoder"} if what == "pca" else None)
     return p.parse_args(sys.argv[2:])
 
 
@@ -548,15 +501,12 @@ def main():
     what = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if what in ("-h", "--help"):
         return print(__doc__)
-    if what not in PAPER:
-        raise svg.UserError(f"probe.py {what}: give one of {', '.join(PAPER)}")
+    if what not in PROBES:
+        raise svg.UserError(f"probe.py {what}: give one of {', '.join(PROBES)}")
     args, device = parse_args(what), svg.setup()
     if svg.world_size() > 1:
         raise svg.UserError("probe.py runs as one process: start it without torchrun")
-    if what in LAYOUTS:
-        dense(what, args, device)
-    else:
-        globals()[what](args, device)
+    PROBES[what](args, device)
 
 
 if __name__ == "__main__":
