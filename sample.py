@@ -1,6 +1,6 @@
 """Every picture: class-conditional samples of a trained model, reconstructions, edits, interpolations.
 
-    python sample.py --steps 5                           # the last run, or the shipped demo.pt if there is none
+    python sample.py --steps 5                           # the last run, or the shipped demo.pt
     python sample.py --classes 207 360 --seed 1
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --guidance 1.55 --npz samples.npz           # for FID
     python sample.py --reconstruct val/ --out reconstructions
@@ -26,11 +26,20 @@ from PIL import Image
 import svg
 
 DEMO_PT = Path(__file__).parent / "demo.pt"
+_SAMPLING = "--num --labels --npz --compile --no-compile"
+IDLE = {  # flags that do nothing beside another
+    "--reconstruct": f"{_SAMPLING} --bench --ckpt --any-ae --latent-stats --class --classes --seed --steps "
+                     "--guidance --guidance-interval --no-zero-init --shift",
+    "--edit": f"{_SAMPLING} --bench --batch-size --no-zero-init",
+    "--interpolate": f"{_SAMPLING} --bench --seed",
+    "--bench": "--num --labels --npz --class --classes --out --overwrite",
+}
+NEEDS = {"--align": "--reconstruct --edit", "--box": "--edit", "--outside": "--edit", "--t-edit": "--edit",
+         "--seeds": "--interpolate", "--frames": "--interpolate"}
 
 
-def parse_args():
-    p = svg.Parser(__doc__)
-    add = p.add_argument_group("model").add_argument
+def add_model_flags(add):
+    """The flags that find_models reads."""
     add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
     add("--ckpt", help="transformer checkpoint, ours or the authors' (default: the newest run, else demo.pt)")
     add("--ae", help="autoencoder checkpoint (default: the one the transformer was trained on)")
@@ -38,15 +47,21 @@ def parse_args():
     add("--latent-stats", help="the authors' statistics file: latent mean and std")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
 
+
+def parse_args():
+    p = svg.Parser(__doc__)
+    add_model_flags(p.add_argument_group("model").add_argument)
     add = p.add_argument_group("samples").add_argument
     add("--out", help="folder to write (default: samples, reconstructions, edit or interpolation)")
     add("--overwrite", action="store_true", help="replace what another run left in --out")
     add("--num", type=svg.positive, default=40, help="images in all")
     add("--classes", "--class", nargs="+", help="class numbers or names, taken in turn (default: all)")
-    add("--labels", choices=("balanced", "random"), default="balanced", help="classes in turn, or drawn at random")
+    add("--labels", choices=("balanced", "random"), default="balanced",
+        help="classes in turn, or drawn at random")
     add("--seed", type=svg.not_negative, default=0, help="of noise and random labels")
     add("--steps", type=svg.positive, default=25, help="Euler steps; 100 in editing")
-    add("--guidance", type=svg.number(), default=4.0, help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
+    add("--guidance", type=svg.number(), default=4.0,
+        help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
     add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
         help="range of t that is guided")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
@@ -72,14 +87,13 @@ def parse_args():
     add("--frames", type=svg.positive, default=8, help="of the interpolation, both ends included")
     if any(a.split("=")[0] == "--edit" for a in sys.argv[1:]):
         p.set_defaults(steps=100, shift=0.4)  # paper, appendix C
+    svg.refuse_idle(IDLE, NEEDS)
     args = p.parse_args()
     if args.npz and not os.path.isdir(os.path.dirname(args.npz) or "."):
         raise svg.UserError(f"--npz {args.npz}: no such folder")
-    if args.outside and not args.edit:
-        raise svg.UserError("--outside goes with --edit")
     for mode, flag in (("edit", "box"), ("interpolate", "seeds")):
-        if bool(getattr(args, mode)) != bool(getattr(args, flag)):
-            raise svg.UserError(f"--{mode} and --{flag} go together: give both or neither")
+        if getattr(args, mode) and not getattr(args, flag):
+            raise svg.UserError(f"--{mode} needs --{flag}")
         if getattr(args, mode) and len(args.classes or ()) != 1:
             raise svg.UserError(f"--{mode} needs one class: --class 207")
     return args
@@ -94,8 +108,8 @@ def box(text):
 
 
 def find_models(args, device, encoder=False):
-    """The transformer and the autoencoder that belong together, and the first's path; encoder=None: one that can
-    encode too.
+    """The transformer and the autoencoder that belong together, and the first's path; encoder=None: an
+    autoencoder that can encode too.
     """
     path = args.ckpt or svg.latest_run("dit", demo=True if args.demo else None) or DEMO_PT
     sit = svg.load_sit(path).to(device)
@@ -107,11 +121,11 @@ def find_models(args, device, encoder=False):
         raise svg.UserError(f"{path} needs the autoencoder {ae_path}, which is not there: name it by --ae")
     ae = svg.load_autoencoder(ae_path, encoder, args.weights).to(device)
     if (sit.channels, sit.grid) != (ae.channels, ae.grid):
-        raise svg.UserError(f"{path} makes latents of {sit.grid}x{sit.grid}x{sit.channels}, the autoencoder {ae_path} "
-                            f"takes {ae.grid}x{ae.grid}x{ae.channels}: they do not belong together")
+        raise svg.UserError(f"{path} makes latents of {sit.grid}x{sit.grid}x{sit.channels}, the autoencoder "
+                            f"{ae_path} takes {ae.grid}x{ae.grid}x{ae.channels}: they do not belong together")
     if trained_on and trained_on["fingerprint"] != ae.fingerprint and not args.any_ae:
-        raise svg.UserError(f"{path} was not trained on the autoencoder {ae_path}: name the right one by --ae, or "
-                            f"insist by --any-ae")
+        raise svg.UserError(f"{path} was not trained on the autoencoder {ae_path}: name the right one by "
+                            f"--ae, or insist by --any-ae")
     if args.latent_stats:
         ae.set_latent_stats(*svg.load_latent_stats(args.latent_stats))
     elif "latent_mean" in sit.meta:
@@ -184,17 +198,19 @@ def images_from_noise(sit, ae, noise, y, args):
 
 
 def bench(args, device):
-    """Time the sampling of batches: of --ckpt or, with --demo, demo.pt, else of fresh models of the paper's size."""
+    """Time the sampling of batches by --ckpt or (--demo) demo.pt, else by fresh models of size XL."""
     if args.ckpt or args.demo:
         args.ckpt = args.ckpt or DEMO_PT
         sit, ae, path = find_models(args, device)
     else:
-        sit, ae, path = svg.SiT("XL").to(device).eval(), svg.Autoencoder(None, feature_channels=384).to(device).eval(), "XL"
+        models = svg.SiT("XL"), svg.Autoencoder(None, feature_channels=384)
+        (sit, ae), path = (m.to(device).eval() for m in models), "XL"
     compile_models(sit, ae, args)
 
     def make(n):
         noise = svg.sample_noise(args.seed, range(n), (sit.grid ** 2, sit.channels)).to(device)
-        return lambda: images_from_noise(sit, ae, noise, torch.arange(n, device=device) % sit.num_classes, args)
+        y = torch.arange(n, device=device) % sit.num_classes
+        return lambda: images_from_noise(sit, ae, noise, y, args)
 
     svg.bench(args, device, make, args.batch_size * svg.world_size(), script="sample", model=str(path),
               euler_steps=args.steps, guidance=args.guidance)
@@ -215,8 +231,10 @@ def generate(args, device):
     claim_folder(out, describe(sit, ae, args, "num", "classes", "labels"), args.overwrite)
     shipped = Path(path) == DEMO_PT
     if svg.rank() == 0:
-        print("no run below runs/: using the shipped demo.pt" if shipped and not args.ckpt else f"using {path}")
-        print(f"{args.num} images, {args.steps} Euler steps, guidance {args.guidance:g}, shift {args.shift:g}", flush=True)
+        found = "no run below runs/: " * (shipped and not args.ckpt)
+        print(f"{found}using {'the shipped demo.pt' if found else path}")
+        print(f"{args.num} images, {args.steps} Euler steps, guidance {args.guidance:g}, "
+              f"shift {args.shift:g}", flush=True)
     compile_models(sit, ae, args)
     mine = list(range(args.num))[svg.rank()::svg.world_size()]
     start = time.time()
@@ -236,7 +254,8 @@ def generate(args, device):
         files = [out / f"{i:06d}.png" for i in range(args.num)]
         shown = np.stack([np.asarray(Image.open(f)) for f in files[:80]])
         labels = [label_of(i, numbers, args) for i in range(len(shown))]
-        title = f"{'demo.pt' if shipped else path}: {args.steps} Euler steps, guidance {args.guidance:g}, seed {args.seed}"
+        title = (f"{'demo.pt' if shipped else path}: {args.steps} Euler steps, guidance {args.guidance:g}, "
+                 f"seed {args.seed}")
         names = [classes[c] if classes else c for c in labels]
         svg.grid_image(shown, 10, names, title).save(beside(out, ".png"))
         if args.npz:
@@ -313,9 +332,9 @@ def reconstruct(args, device):
 # -- Editing (paper, appendix C) ---------------------------------------------------------------------------
 
 def edit_mask(photo_size, box, size, grid, outside=False):
-    """Weights [grid*grid, 1] of the noise: a 2-D Gaussian about the box's centre for the tokens in the box, or what
-    it leaves of 1 for those outside; 0 for the others. The box is in pixels of the picture, of photo_size (width,
-    height); its central square, shrunk to `size` pixels, is what is encoded.
+    """Weights [grid*grid, 1] of the noise: a 2-D Gaussian about the box's centre for the tokens in the box,
+    or what it leaves of 1 for those outside; 0 for the others. The box is in pixels of the picture, of
+    photo_size (width, height); its central square, shrunk to `size` pixels, is what is encoded.
     """
     given, scale = f"--box {','.join(map(str, box))}", size / min(photo_size)
     shift = [(round(n * scale) - size) // 2 for n in photo_size]
@@ -326,8 +345,8 @@ def edit_mask(photo_size, box, size, grid, outside=False):
     inside = (x > x0) & (x < x1) & (y > y0) & (y < y1)
     chosen = ~inside if outside else inside
     if not chosen.any():
-        raise svg.UserError(f"{given}{' --outside' * outside}: no token has its centre there; a token is a square "
-                            f"of {size / grid / scale:.0f} pixels, and only the central square is encoded")
+        raise svg.UserError(f"{given}{' --outside' * outside}: no token has its centre there; a token is a "
+                            f"square of {size / grid / scale:.0f} pixels; only the central square is encoded")
     u, v = (x - (x0 + x1) / 2) / (x1 - x0), (y - (y0 + y1) / 2) / (y1 - y0)
     gauss = torch.exp(-2 * (u * u + v * v))  # its sigma is half the box
     return (chosen * (1 - gauss if outside else gauss)).flatten().unsqueeze(1)
@@ -347,12 +366,12 @@ def invert(model, latents, times):
 
 
 def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0)):
-    """Redraw normalised latents [1, N, C] as class y [1] where weights [N, 1] are above 0; the rest stays, bit for
-    bit.
+    """Redraw normalised latents [1, N, C] as class y [1] where weights [N, 1] are above 0; the rest stays,
+    bit for bit.
 
-    The flow is inverted to times[0]; there the noise is renewed by its weight, sqrt(1 - w^2) old + w new, and again
-    after each step by the share in which the step lowers it, so that what is new fades with 1 - t; elsewhere the
-    inverted trajectory is put back.
+    The flow is inverted to times[0]; there the noise is renewed by its weight, sqrt(1 - w^2) old + w new, and
+    again after each step by the share in which the step lowers it, so that what is new fades with 1 - t;
+    elsewhere the inverted trajectory is put back.
     """
     trajectory = invert(model, latents, times)
     chosen, steps = weights > 0, {t: i for i, t in enumerate(times)}
@@ -408,8 +427,8 @@ def edit(args, device):
 # -- Interpolation (paper, appendix D) ---------------------------------------------------------------------
 
 def interpolate_noise(a, b, weights, kind):
-    """Noises [n, N, C] between a and b [N, C] at weights [n] of b: along the line (lerp), or along the great circle
-    (slerp), which keeps the length that noise has.
+    """Noises [n, N, C] between a and b [N, C] at weights [n] of b: along the line (lerp), or along the great
+    circle (slerp), which keeps the length that noise has.
     """
     w = weights.view(-1, 1, 1)
     if kind == "lerp":

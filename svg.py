@@ -1499,6 +1499,19 @@ def add_speed_flags(parser):
     add_bench_flag(parser)
 
 
+def refuse_idle(idle, needs=None):
+    """UserError for a given flag that would do nothing: beside another (idle: {"--flag": "--none --of --these"}) or
+    without others (needs: {"--flag": "--one --of --these"}).
+    """
+    given = {a.split("=")[0] for a in sys.argv[1:]}
+    for flag in sorted(given):
+        others = given.intersection(idle.get(flag, "").split())
+        if others:
+            raise UserError(f"{min(others)} does nothing with {flag}: leave one of them out")
+        if flag in (needs or {}) and not given.intersection(needs[flag].split()):
+            raise UserError(f"{flag} does nothing without {needs[flag].replace(' ', ' or ')}")
+
+
 def add_bench_flag(parser):
     """--bench N, on every script that is in a hurry."""
     parser.add_argument("--bench", type=positive, metavar="N",

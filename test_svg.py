@@ -1481,6 +1481,7 @@ class BadInput(Case):
                                ("sample --box 1,1,9,9", ["--edit", "--box"]), ("sample --outside", ["--edit"]),
                                ("sample --interpolate slerp --class 3", ["--interpolate", "--seeds"]),
                                ("sample --interpolate slerp --seeds 1 2", ["--interpolate", "--class"]),
+                               ("sample --seeds 1 2", ["--seeds", "--interpolate"]),
                                ("sample --edit x.png --box 9,1,1,9 --class 3", ["--box", "9,1,1,9"]),
                                ("sample --edit x.png --box 1,1,9,9 --class 3", ["x.png"]),
                                ("sample --edit text.pt --box 1,1,9,9 --class 3", ["text.pt", "not a readable"]),
@@ -1497,6 +1498,23 @@ class BadInput(Case):
         with mock.patch("svg.world_size", lambda: 3), mock.patch("svg.barrier"):
             self.refused(MINI_AE + " --name new", "--batch 8", "3 processes")
             self.refused(MINI_DIT + " --name new", "--batch 8", "3 processes")
+
+    def test_a_flag_that_would_do_nothing_is_refused(self):
+        walk, change = "--interpolate slerp --class 3 --seeds 1 2", "--edit good/a/0.png --box 1,1,9,9 --class 3"
+        for mode in ("--reconstruct good", change, walk, "--bench 1"):
+            for flag in ("--num=3", "--labels random", "--npz x.npz"):
+                self.refused(f"sample {mode} {flag}", flag[:5], mode.split()[0], "does nothing")
+        for command, *words in (
+                (f"sample {walk} --seed 1", "--seed ", "--interpolate"), ("sample --t-edit 0.2", "--t-edit", "--edit"),
+                (f"sample {change} --frames 3", "--frames", "--interpolate"),
+                ("sample --align batch", "--align", "--reconstruct or --edit"),
+                ("sample --reconstruct good --bench 1", "--bench", "--reconstruct"),
+                ("probe space --demo --data good", "--data", "--demo"),
+                (f"probe classify --encoder {demo.ENCODER} --ae x.pt", "--ae", "--encoder"),
+                ("probe pca --size 32 --demo", "--size", "--encoder"),
+                ("probe pca --images good/a/0.png --guidance 2", "--guidance", "--images"),
+                ("probe toy --demo", "--demo")):
+            self.refused(command, "error", *words)
 
     def test_probes_refuse_wrong_layouts(self):
         for task, label in (("segment", "whole/annotations/training/1.png"),
@@ -1545,7 +1563,7 @@ class BadInput(Case):
 
 def write_dense(task, root, count=2, size=(60, 44)):
     """A set of the published layout of ADE20K or NYUv2: left half one label, right half another."""
-    for split in probe.LAYOUTS[task][1]:
+    for split in ("training", "validation") if task == "segment" else ("train", "test"):
         for i in range(count):
             if task == "segment":
                 image, label = f"{root}/images/{split}/{i}.png", f"{root}/annotations/{split}/{i}.png"
@@ -1618,6 +1636,18 @@ class Probes(Case):
                 crops = self.numbers("classify --demo --features latent --batch 50 --epochs 2 --lr 0.02")
         self.assertGreater(crops["top1"], 0.3)
         self.assertGreaterEqual(crops["top5"], crops["top1"])
+
+    def test_a_packed_set_gives_the_numbers_of_its_tree(self):
+        for split in ("train", "val"):
+            for i, name in enumerate("ab"):
+                write_pictures(f"tree/{split}/{name}", 12, first=100 * i)
+            svg.pack(f"tree/{split}", f"packed/{split}", 32)
+        flags = f"--encoder {demo.ENCODER} --size 32 --workers 0"
+        for command, sub in (("space", "/val"), ("classify --cache --epochs 2 --batch 5", "")):
+            tree, packed = (self.numbers(f"{command} {flags} --data {root}{sub}") for root in ("tree", "packed"))
+            for numbers in (tree, packed):
+                numbers.pop("settings"), numbers.pop("seconds", None)
+            self.assertEqual(tree, packed)
 
     def test_random_crops_are_parts_of_the_image(self):
         ramp = torch.linspace(-1, 1, 32).expand(16, 1, 32, 32).clone()
