@@ -73,8 +73,7 @@ def encode(function, data, blocks, args, device):
     items = [[(i, 0) for i in part.tolist()] for part in itertools.chain(*parts)]
     batches = iter(torch.utils.data.DataLoader(data, batch_sampler=items, num_workers=args.workers))
     for part in parts:
-        rows = [(function(svg.to_float(images, device)), y)
-                for images, y, _ in itertools.islice(batches, len(part))]
+        rows = [(function(svg.to_float(x, device)), y) for x, y, _ in itertools.islice(batches, len(part))]
         yield [torch.cat(column).to(device) for column in zip(*rows, strict=True)]
 
 
@@ -225,9 +224,9 @@ def random_crops(pairs, args, numbers):
     for number in numbers:
         rng = np.random.default_rng((args.seed, number))
         image, target = read_pair(pairs[rng.integers(len(pairs))], args.probe)
-        # Scaling would belie the depth, and the demo's drawings vary enough.
-        factor = rng.uniform(*(1, 1) if args.probe == "depth" or args.demo else (0.5, 2)) * args.size
-        size = [round(n * factor / min(image.size)) for n in image.size]
+        low = 1 if args.probe == "depth" or args.demo else 0.5  # scaling would belie the depth
+        factor = args.size * rng.uniform(low, 1 / low) / min(image.size)
+        size = [round(n * factor) for n in image.size]
         y, x = (int(rng.integers(max(0, n - args.size) + 1)) for n in size[::-1])
         box, step = (x, y, x + args.size, y + args.size), -1 if rng.random() < 0.5 else 1
         ways = (image, Image.Resampling.BILINEAR), (Image.fromarray(target), Image.Resampling.NEAREST)
@@ -262,8 +261,7 @@ def dense(args, device):
     segment = args.probe == "segment"
     train, val = ([demo.scenes(args.probe, s) for s in ("train", "val")] if args.demo else
                   list_pairs(args.probe, args.data))
-    for pair in (train[0], val[0]):
-        read_pair(pair, args.probe)  # so that a wrong label is refused here, not by a worker's stack trace
+    read_pair(train[0], args.probe)  # so that a wrong label is refused here, not by a worker's stack trace
     outputs = 1 if not segment else 1 + len(demo.CLASSES) if args.demo else 150
     steps = args.steps if segment else max(1, args.epochs * len(train) // args.batch)
     torch.manual_seed(args.seed)
@@ -308,9 +306,10 @@ def dense(args, device):
         shown = [*shown, (np.asarray(image), target, answer)][:8]
     if segment:
         confusion = confusion.reshape(outputs, outputs)  # [truth, answer]
-        right, truth, either = np.diag(confusion), confusion.sum(1), confusion.sum(0) + confusion.sum(1)
-        numbers = {"mIoU": (right / np.maximum(either - right, 1))[either > 0].mean(),
-                   "mAcc": (right / np.maximum(truth, 1))[truth > 0].mean()}
+        right, truth = np.diag(confusion), confusion.sum(1)
+        union = truth + confusion.sum(0) - right
+        numbers = {"mIoU": (right[union > 0] / union[union > 0]).mean(),
+                   "mAcc": (right[truth > 0] / truth[truth > 0]).mean()}
     else:
         numbers = dict(zip(("RMSE_m", "A.Rel"), map(float, np.mean(errors, 0)), strict=True))
     report(args, {"features": args.features, "of": path, **numbers, "images": len(val),
@@ -336,8 +335,7 @@ def separability(x, labels, seed):
         return loss
 
     optimizer.step(closure)
-    with torch.no_grad():
-        linear = head(x[test]).argmax(1)
+    linear = head(x[test]).argmax(1)
     nearest = labels[fit][torch.cdist(x[test], x[fit]).argmin(1)]
     means = torch.stack([x[labels == c].mean(0) for c in labels])
     return {"linear": (linear == labels[test]).double().mean().item(),
@@ -352,8 +350,7 @@ def space(args, device):
     labels, share = torch.as_tensor(data.labels), max(1, args.images // len(data.classes))
     chosen = torch.cat([(labels == c).nonzero()[:share, 0] for c in range(len(data.classes))])
     if len(data.classes) < 2 or len(chosen) < 20:
-        what = f"{len(chosen)} images of {len(data.classes)} classes"
-        raise svg.UserError(f"--data {args.data}: {what}: too few")
+        raise svg.UserError(f"--data {args.data}: too few: {len(chosen)} images, {len(data.classes)} classes")
     some = np.linspace(0, len(chosen), min(len(chosen), 500), endpoint=False).astype(int)
     numbers, panels = {}, []
     for name in known:
@@ -404,11 +401,12 @@ def pca(args, device):
         return report(args, {"of": path, "images": len(photos)},
                       figures.feature_picture(Path(path).name, photos, maps))
 
+    if len(photos) > 1:
+        raise svg.UserError("--images: give one picture, or with --encoder any number")
     sit, ae, path = sample.find_models(args, device, encoder=None)
-    names = sit.meta.get("classes", [])
-    y = torch.tensor(sample.class_numbers([args.class_], names, sit.num_classes), device=device)
-    noise = svg.sample_noise(args.seed, [0], (sit.grid ** 2, sit.channels)).to(device)
-    times = svg.euler_times(25, 0.4)
+    number = sample.class_numbers([args.class_], sit.meta.get("classes", []), sit.num_classes)
+    y, noise = torch.tensor(number), svg.sample_noise(args.seed, [0], (sit.grid ** 2, sit.channels))
+    y, noise, times = y.to(device), noise.to(device), svg.euler_times(25, 0.4)
     chosen = [times[i] for i in np.linspace(0, 25, args.columns).round().astype(int)]
     layers = sorted({round(i) for i in np.linspace(0, len(sit.blocks) - 1, args.rows)})
     states, hidden = {0.0: noise}, []
@@ -424,10 +422,9 @@ def pca(args, device):
         x_t = torch.cat([states[t] for t in chosen])
         sit(x_t, torch.tensor(chosen, dtype=torch.float32, device=device), y.expand(len(x_t)))
         latents = ae.denormalize(x_t)
-        decoded = svg.to_uint8(ae.decode(latents))
-    features = latents[-1:, :, :ae.feature_channels].cpu()
+        decoded, final = svg.to_uint8(ae.decode(latents)), latents[-1:, :, :ae.feature_channels].cpu()
     what = args.images[0] if photos else f"a sample of class {args.class_}, seed {args.seed}"
-    picture = figures.hidden_picture(f"{Path(path).name}, {what}", chosen, decoded, features,
+    picture = figures.hidden_picture(f"{Path(path).name}, {what}", chosen, decoded, final,
                                      {f"layer {i + 1}": out for i, out in zip(layers, hidden, strict=True)})
     report(args, {"of": str(path), "picture": what, "layers": [i + 1 for i in layers]}, picture)
 
@@ -443,10 +440,9 @@ PAPER = {  # each probe's defaults: the paper's
     "space": {"data": "data/imagenet/val"},
 }
 SMALL = {  # with --demo
-    "classify": {"batch": 500, "lr": 5e-3, "cache": True},
+    "classify": {"batch": 500, "lr": 5e-3, "cache": True}, "space": {"images": 500},
     "segment": {"lr": 2e-3, "steps": 300, "warmup": 30, "width": 64},
     "depth": {"lr": 2e-3, "epochs": 5, "width": 64},
-    "space": {"images": 500},
 }
 IDLE = {"--demo": "--data", "--images": "--guidance",  # flags that do nothing beside another
         "--encoder": "--ae --any-ae --ckpt --latent-stats --class --guidance --rows --columns"}

@@ -1542,6 +1542,7 @@ class BadInput(Case):
         self.refused("probe toy --data good", "--data")
         self.refused(f"probe pca --encoder {demo.ENCODER}", "--images")
         self.refused("probe pca --demo --class 10", "0 to 9")
+        self.refused("probe pca --demo --images good/a/0.png good/a/1.png", "--images", "one picture")
         self.refused("probe pca --images text.pt --demo", "text.pt", "not a readable image")
 
     def test_things_that_do_not_belong_together(self):
@@ -1641,7 +1642,7 @@ class Probes(Case):
         for split in ("train", "val"):
             for i, name in enumerate("ab"):
                 write_pictures(f"tree/{split}/{name}", 12, first=100 * i)
-            svg.pack(f"tree/{split}", f"packed/{split}", 32)
+            ok(f"svg pack tree/{split} packed/{split} --size 32 --workers 0")
         flags = f"--encoder {demo.ENCODER} --size 32 --workers 0"
         for command, sub in (("space", "/val"), ("classify --cache --epochs 2 --batch 5", "")):
             tree, packed = (self.numbers(f"{command} {flags} --data {root}{sub}") for root in ("tree", "packed"))
