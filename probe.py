@@ -387,6 +387,26 @@ def toy(args, device):
     report(args, numbers, figures.toy_picture(panels, y))
 
 
+# -- An encoder that knows nothing ------------------------------------------------------------------------
+
+def pixels(args, device):
+    """Write an encoder without semantics, for --encoder: a fixed rotation of the pixels of each patch.
+
+    The same transformer on its latents shows what the encoder's knowledge is worth (paper, section 3.1).
+    """
+    p, d = args.patch, args.channels
+    if 3 * p * p > d:
+        raise svg.UserError(f"--channels {d} cannot hold the {3 * p * p} numbers of --patch {p}: give at least as many")
+    vit = {"patch": p, "dim": d, "depth": 0, "heads": 1, "grid": 1, "cls": False, "imagenet": False}
+    rotation = torch.linalg.qr(torch.randn(d, 3 * p * p, generator=torch.Generator().manual_seed(args.seed)))[0]
+    weights = {"patch_embed.proj.weight": rotation.reshape(d, 3, p, p), "patch_embed.proj.bias": torch.zeros(d),
+               "pos_embed": torch.zeros(1, 1, d)}
+    path = Path(args.out, "pixels.pt")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    svg.save_checkpoint(path, {"encoder": {"name": f"pixels{p}", "vit": vit, "model": weights}})
+    print(path)
+
+
 # -- Principal components of hidden states and features (figures 10, 11) -----------------------------------
 
 def pca(args, device):
@@ -431,7 +451,8 @@ def pca(args, device):
 
 # -- The program -------------------------------------------------------------------------------------------
 
-PROBES = {"classify": classify, "segment": dense, "depth": dense, "space": space, "pca": pca, "toy": toy}
+PROBES = {"classify": classify, "segment": dense, "depth": dense, "space": space, "pca": pca, "toy": toy,
+          "pixels": pixels}
 PAPER = {  # each probe's defaults: the paper's
     "classify": {"data": "data/imagenet", "lr": 5e-4, "wd": 1e-2, "batch": 3072, "epochs": 30},
     "segment": {"data": "data/ADEChallengeData2016", "size": 512, "lr": 8e-5, "wd": 1e-3, "batch": 16,
@@ -484,6 +505,8 @@ def parse_args(what):
     add("segment depth", "--log-every", type=svg.positive, default=50, help="steps between progress lines")
     add("space", "--images", type=svg.positive, default=1000, help="images in all, shared by the classes")
     add("pca", "--images", nargs="+", metavar="FILE", help="pictures (default: a sample of --class)")
+    add("pixels", "--patch", type=svg.positive, default=8, help="pixels per side of a patch")
+    add("pixels", "--channels", type=svg.positive, default=392, help="channels of a token, 3 * patch^2 or more")
     add("pca", "--class", dest="class_", default="0", help="number or name of the class it is told")
     add("pca", "--guidance", type=svg.number(), default=4.0, help="guidance scale of the sample")
     add("pca", "--rows", type=svg.positive, default=4, help="layers shown")

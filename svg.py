@@ -164,7 +164,7 @@ class ViT(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(dim, heads, swiglu, layer_scale, eps, dropout, gelu) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.norm = nn.LayerNorm(dim, eps=eps) if depth else nn.Identity()  # depth 0: probe.py's raw patches
 
     def positions(self, h, w):
         """The learned position embedding on an h x w grid, that of CLS first: [1, cls + h*w, dim]."""
