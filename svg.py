@@ -1601,7 +1601,7 @@ def bench(args, device, make, batch, **about):
               "tflops": round(tflops, 3), "peak_share": share and round(share, 3), "peak_gib": round(memory / 2**30, 2)}
     if rank() == 0:
         print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {batch} images (median of "
-              f"{args.bench}), {batch / seconds:.1f} images/s, {tflops:.2f} TFLOP/s a process, all its models included"
+              f"{args.bench}), {batch / seconds:.3g} images/s, {tflops:.2f} TFLOP/s a process, all its models included"
               + (f" ({share:.0%} of {name}'s peak)" if share else "") + f", {memory / 2**30:.2f} GiB")
         print(json.dumps(result))
 
