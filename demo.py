@@ -125,7 +125,7 @@ class Shapes(torch.utils.data.Dataset):
     classes = CLASSES
 
     def __init__(self, count, seed):
-        self.seed, self.images = seed, [None] * count
+        self.seed, self.images, self.labels = seed, [None] * count, np.arange(count) % len(CLASSES)
 
     def __len__(self):
         return len(self.images)
