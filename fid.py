@@ -542,8 +542,9 @@ def bench(args, device):
     model = Inception().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
 
     def make(n):
-        images = torch.randint(256, (n, 256, 256, 3), dtype=torch.uint8)
-        return lambda: moments(inception_features(model, images, args.protocol)["pool3"])
+        images = svg.synthetic_images(n, 256, device)
+        return lambda: moments(inception_features(
+            model, images.to(device, non_blocking=True), args.protocol)["pool3"])
 
     svg.bench(args, device, make, args.batch * svg.world_size(), script="fid")
 

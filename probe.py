@@ -71,7 +71,7 @@ def encode(function, data, blocks, args, device):
     """For each block of indices [function(images), labels] of its images, taken --encode-batch at a time."""
     parts = [block.split(args.encode_batch) for block in blocks]
     items = [[(i, 0) for i in part.tolist()] for part in itertools.chain(*parts)]
-    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=items, num_workers=args.workers))
+    batches = iter(svg.batches_of(data, items, args.workers))
     for part in parts:
         rows = [(function(svg.to_float(x, device)), y) for x, y, _ in itertools.islice(batches, len(part))]
         yield [torch.cat(column).to(device) for column in zip(*rows, strict=True)]

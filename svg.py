@@ -9,6 +9,7 @@ and `fid.py` are the programs that use this file.
 import argparse
 import contextlib
 import errno
+import gc
 import hashlib
 import itertools
 import json
@@ -225,7 +226,8 @@ def imagenet_normalize(images):
     """[-1, 1] -> zero mean and unit variance per channel, by the ImageNet statistics that DINO was trained
     with.
     """
-    mean, std = images.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1).to(
+        images, non_blocking=True)  # new_tensor would wait for the device
     return ((images + 1) / 2 - mean) / std
 
 
@@ -618,7 +620,7 @@ class Autoencoder(nn.Module):
         indices = np.linspace(0, len(dataset), min(count, len(dataset)), endpoint=False).astype(int)
         indices = indices[rank()::world_size()]
         chunks = [[(i, 0) for i in indices[j:j + batch].tolist()] for j in range(0, len(indices), batch)]
-        images = torch.utils.data.DataLoader(dataset, batch_sampler=chunks, num_workers=workers)
+        images = batches_of(dataset, chunks, workers)
         if not self.aligned:
             total = torch.zeros(5, dtype=torch.float64)
             for x, _, _ in images:
@@ -1187,7 +1189,7 @@ def index_tree(root):
     added, removed or renamed changes its folder's time.
     """
     root = os.path.realpath(root)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "svg"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "svg"
     cache /= hashlib.sha256(os.fsencode(root)).hexdigest()[:32] + ".npz"
     with contextlib.suppress(UserError, KeyError, OSError):
         index = load_npz(cache)
@@ -1272,6 +1274,9 @@ class Packed(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.labels)
 
+    def __reduce__(self):  # for loading processes that are not forked: map the file again, do not send it
+        return Packed, (self.root, self.images.shape[1])
+
     def name(self, index):
         return f"{self.root} image {index}"
 
@@ -1292,10 +1297,11 @@ def pack(src, dst, size, workers=0):
 
     A stopped run goes on where it was; `dst` appears when it is whole.
     """
-    data, part = ImageFolder(src, size), Path(f"{dst}.part")
+    data, dst = ImageFolder(src, size), Path(dst)
+    part = dst.with_name(dst.name + ".part")
     state = {"source": hashlib.sha256(b"\n".join([*data.names.tolist(), str(size).encode()])).hexdigest(),
              "read": 0, "corrupt": []}
-    if os.path.exists(dst):
+    if dst.exists():
         raise UserError(f"{dst} is already there: give another name, or remove it")
     part.mkdir(parents=True, exist_ok=True)
     before = read_json(part / "state.json")
@@ -1304,8 +1310,7 @@ def pack(src, dst, size, workers=0):
     row, head = 3 * size * size, 128  # bytes of an image and of the header
     chunks = [[(i, 0) for i in range(start, min(start + 64, len(data)))]
               for start in range(state["read"], len(data), 64)]
-    batches = torch.utils.data.DataLoader(data, batch_sampler=chunks, num_workers=(
-        workers), prefetch_factor=4 if workers else None)
+    batches = batches_of(data, chunks, workers)
     start, shown, first = time.time(), 0.0, state["read"]
     with open(part / "images.npy", "r+b" if state["read"] else "wb") as f:
         f.truncate(head + (state["read"] - len(state["corrupt"])) * row)
@@ -1326,11 +1331,28 @@ def pack(src, dst, size, workers=0):
         np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False,
                                                  "shape": (len(good), size, size, 3)})
         assert f.tell() == head
-    np.save(part / "labels.npy", good)
-    (part / "classes.json").write_text(json.dumps(data.classes))
+        os.fsync(f.fileno())
+    write_atomically(part / "labels.npy", lambda f: np.save(f, good))
+    write_atomically(part / "classes.json", lambda f: f.write(json.dumps(data.classes).encode()))
+    (part / "state.json").unlink()
     part.rename(dst)
-    Path(dst, "state.json").unlink()
     return len(good), [data.name(i) for i in state["corrupt"]]
+
+
+def shield(_):
+    """Keep a loading process alive while its run finishes a step and saves: torchrun and clusters send their signals to
+    every process. A second SIGTERM, as from the run itself, ends it.
+    """
+    os.setsid()
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def batches_of(dataset, items, workers, pin=False):
+    """A DataLoader of the batches whose items the lists in `items` name."""
+    return torch.utils.data.DataLoader(dataset, batch_sampler=items, num_workers=workers, pin_memory=pin,
+                                       prefetch_factor=4 if workers else None, worker_init_fn=shield)
 
 
 class Stream:
@@ -1355,13 +1377,18 @@ class Stream:
             yield items
 
 
+def identity(dataset):
+    """What must not change about a dataset when a run goes on: a hash of its labels and classes, and how it crops."""
+    labels = np.asarray(dataset.labels, np.int64).tobytes()
+    return {"images": len(dataset), "labels": hashlib.sha256(labels + json.dumps(dataset.classes).encode()).hexdigest(),
+            "crops": "random" if getattr(dataset, "random_crop", False) else "centre"}
+
+
 def loader(dataset, batch, seed, start, workers, device):
     """This rank's batches of the endless stream from global batch `start` on: uint8 [b, H, W, 3], labels,
     corrupt.
     """
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_sampler=Stream(len(dataset), batch, seed, start), num_workers=workers,
-        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None))
+    return iter(batches_of(dataset, Stream(len(dataset), batch, seed, start), workers, device.type == "cuda"))
 
 
 def to_float(images, device):
@@ -1398,6 +1425,25 @@ def barrier():
     all_reduce(torch.zeros(1))
 
 
+def join(backend):
+    """Join torchrun's process group, also when torchrun has restarted this process.
+
+    torchrun keeps one store through all restarts, in which a new process would find the addresses of dead ones
+    (https://github.com/pytorch/pytorch/issues/135712), so every restart gets keys of its own; but nodes count restarts
+    each for itself.
+    """
+    env, store = os.environ, None
+    if env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"] \
+            and env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise UserError("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or its "
+                        "restarts fail (https://github.com/pytorch/pytorch/issues/135712)")
+    if env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
+    where = {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])} if store else {}
+    dist.init_process_group(backend, timeout=timedelta(hours=1), **where)
+
+
 def setup(precision="fp32"):
     """Join torchrun's process group, if there is one, and return this process's device: CUDA, MPS or CPU."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -1406,8 +1452,8 @@ def setup(precision="fp32"):
         torch.cuda.set_device(local)
     tf32 = precision == "tf32"  # cuDNN would take it unasked
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # gloo beside NCCL: for what lies on the host
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=1))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        join("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo for what lies on the host
     if cuda:
         return torch.device("cuda", local)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -1432,6 +1478,7 @@ def compile_blocks(*models):
     last ones while the first are being computed.
     """
     torch._dynamo.config.recompile_limit = 64  # a ViT and the other, training and eval, last batches
+    torch._dynamo.config.optimize_ddp = False  # blocks are smaller than its buckets already
     for model in models:
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -1518,6 +1565,14 @@ def add_bench_flag(parser):
                         help="time N steps on synthetic data; no data, weights or run needed")
 
 
+def local_batch(args):
+    """This process's share of the images of a step; UserError where they do not divide."""
+    if args.batch % (world_size() * args.accumulate):
+        raise UserError(f"--batch {args.batch} does not divide by the {world_size()} processes"
+                        + f" times --accumulate {args.accumulate}" * (args.accumulate > 1))
+    return args.batch // world_size()
+
+
 def micro_batches(count, models, *tensors):
     """`count` equal parts of the tensors; DDP exchanges gradients only in the last one's backward pass."""
     parts = list(zip(*(t.chunk(count) for t in tensors), strict=True))
@@ -1529,25 +1584,34 @@ def micro_batches(count, models, *tensors):
             yield part
 
 
-def optimizer_step(optimizer, clip=0.0):
-    """Clip the gradients and step; leave everything as it is where they are not finite. Returns their norm and
-    whether the step was skipped, on the device: nothing waits for it.
+def optimizer_step(*optimizers, clip=0.0):
+    """Clip each optimiser's gradients and step; leave everything as it is where any is not finite. Returns the first
+    one's gradient norm and whether the step was skipped, on the device: nothing waits for it.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if clip:
-        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
-    skipped = ~norm.isfinite()
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = skipped.float()  # what fused optimisers take from a GradScaler
-        optimizer.step()
-    elif not skipped:
-        optimizer.step()
-    return norm, skipped
+    norms = []
+    for optimizer in optimizers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norms[-1])
+    skipped = ~torch.stack(norms).isfinite().all()
+    for optimizer in optimizers:
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = skipped.float()  # what fused optimisers take from a GradScaler
+            optimizer.step()
+        elif not skipped:
+            optimizer.step()
+    return norms[0], skipped
 
 
-# Dense bf16 TFLOP/s by the makers' datasheets; half of it for tf32.
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}
+# Dense bf16 TFLOP/s by the maker's datasheets of the SXM boards; half of it for tf32.
+PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H200": 989, "A100-SXM": 312}
+
+
+def synthetic_images(n, size, device):
+    """Random uint8 images [n, size, size, 3] for --bench, in the memory that a loader's are in."""
+    images = torch.randint(256, (n, size, size, 3), dtype=torch.uint8)
+    return images.pin_memory() if device.type == "cuda" else images
 
 
 def bench(args, device, make, batch, **about):
@@ -1589,7 +1653,7 @@ def bench(args, device, make, batch, **about):
               "tflops": round(tflops, 3), "peak_share": share and round(share, 3), "peak_gib": round(memory / 2**30, 2)}
     if rank() == 0:
         print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {batch} images (median of "
-              f"{args.bench}), {batch / seconds:.1f} images/s, {tflops:.2f} TFLOP/s per process"
+              f"{args.bench}), {batch / seconds:.3g} images/s, {tflops:.2f} TFLOP/s a process, all its models included"
               + (f" ({share:.0%} of {name}'s peak)" if share else "") + f", {memory / 2**30:.2f} GiB")
         print(json.dumps(result))
 
@@ -1625,6 +1689,9 @@ def run_main(main):
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main()
+        if dist.is_initialized():
+            gc.collect()  # the last holders of the process group, or gloo's threads would outlive the interpreter
+            dist.destroy_process_group()  # not after an error: it could wait for ranks that wait for this one
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -1635,9 +1702,6 @@ def run_main(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 # -- Runs: runs/<name>/ with config.json, log.jsonl, last.pt, numbered checkpoints, previews, loss curve ---
@@ -1659,15 +1723,22 @@ def read_json(path):
     return value if isinstance(value, dict) else {}
 
 
+def read_log(path):
+    """The entries of a log.jsonl, without a last line that a full disk or a kill has cut."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
+
+
 class Run:
     """One training run's folder. Only rank 0 writes; every rank reads the same `last.pt` when it resumes."""
 
     def __init__(self, stage, args, extra):
         self.path = Path("runs") / (args.name or (f"demo-{stage}" if args.demo else stage))
-        self.stage, self.args, self.bad, self.signal = stage, args, set(), 0
-        if args.batch % (world_size() * args.accumulate):
-            raise UserError(f"--batch {args.batch} does not divide by the {world_size()} processes"
-                            + f" times --accumulate {args.accumulate}" * (args.accumulate > 1))
+        self.stage, self.args, self.extra, self.bad, self.signal = stage, args, extra, set(), 0
         config = {"stage": stage, **vars(args), **extra}
         old = self.path / "config.json"
         self.last = self.path / "last.pt"
@@ -1678,7 +1749,7 @@ class Run:
             if differ:
                 raise UserError(f"{self.path} holds a different run: {'; '.join(differ)}; give the same flags to "
                                 f"go on with it, or another --name")
-        elif self.path.exists() and any(self.path.iterdir()) and not old.exists():
+        elif self.path.exists() and any(self.path.iterdir()) and not (old.exists() or self.last.exists()):
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
         barrier()
         if rank() == 0:
@@ -1693,13 +1764,18 @@ class Run:
         From here on STOP_SIGNALS end the run after a step and a save.
         """
         checkpoint = load_checkpoint(self.last) if self.last.exists() else None
+        if checkpoint:
+            kind, parent = {"ae": ("autoencoder", "encoder_file"), "dit": ("sit", "autoencoder")}[self.stage]
+            need(checkpoint, ("kind", "step", "model", "opt"), self.last)
+            if checkpoint["kind"] != kind or checkpoint[parent]["fingerprint"] != self.extra["trained_on"]:
+                raise UserError(f"{self.last} is not of this stage, or was trained on another {parent.split('_')[0]}")
         step = checkpoint["step"] if checkpoint else 0
         if all_reduce(torch.tensor([step, step ** 2])).tolist() != [world_size() * step, world_size() * step ** 2]:
             raise UserError(f"{self.last} is not the same for every process: runs/ must lie on a shared disk")
         log = self.path / "log.jsonl"
         if rank() == 0 and log.exists():
-            kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_atomically(log, lambda f: f.write("".join(line + "\n" for line in kept).encode()))
+            kept = [json.dumps(entry) + "\n" for entry in read_log(log) if entry["step"] <= step]
+            write_atomically(log, lambda f: f.write("".join(kept).encode()))
         barrier()
         if checkpoint:
             self.say(f"going on with {self.path} at step {step}")
@@ -1738,6 +1814,7 @@ class Run:
         if step % self.args.log_every and step != self.args.steps:
             return
         *means, skipped = (all_reduce(self.sums.cpu()) / world_size()).tolist()
+        corrupt = int(all_reduce(torch.tensor(len(self.bad))))
         seconds, count = time.time() - self.since, self.count - round(skipped)
         entry = {k: v / count if count else math.nan for k, v in zip([*values, "grad_norm"], means, strict=True)}
         rate = self.count * self.args.batch / seconds
@@ -1747,13 +1824,14 @@ class Run:
                   + f"{rate:.1f} images/s  {duration((self.args.steps - step) * self.args.batch / rate)} left", flush=True)
             entry = {"step": step, **{k: v for k, v in entry.items() if math.isfinite(v)}, "skipped": round(skipped),
                      "images_per_second": round(rate, 2), "seconds": round(time.time() - self.start, 1),
-                     "corrupt": len(self.bad)}
+                     "corrupt": corrupt}
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(entry) + "\n")
         if self.streak >= STREAK:
-            raise UserError(f"no finite gradient for {int(self.streak)} steps, up to step {step}: stopped; the last "
-                            f"good checkpoint is {self.last}; try --clip 1, a lower --lr or --precision fp32 from there, "
-                            f"under another --name")
+            good = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was saved yet"
+            raise UserError(f"no finite gradient for {int(self.streak)} steps, up to step {step}: stopped; {good}; to go "
+                            f"on with other flags (--clip 1, a lower --lr, --precision fp32) copy it into a new run: "
+                            f"runs/NAME/last.pt, --name NAME")
         self.sums, self.count, self.since = 0, 0, time.time()
 
     def picture(self, step, image):
@@ -1779,9 +1857,9 @@ class Run:
 
     def end(self, step):
         """Say how it ended, and how to go on."""
-        self.say(f"done: {self.last}" if step >= self.args.steps else
-                 f"{signal.Signals(self.signal).name if self.signal else 'a signal to another process'}: stopped after "
-                 f"step {step}; the same command goes on from {self.last}")
+        name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
+        self.say(f"done: {self.last}" if step >= self.args.steps else f"{name}: stopped after step {step}; the same command "
+                 + (f"goes on from {self.last}" if self.last.exists() else "starts again"))
 
 
 def latest_run(stage, demo=None):
@@ -1818,7 +1896,7 @@ def grid_image(images, columns, labels=None, title="", tile=None):
 
 def plot_log(log, path, title, size=(720, 400)):
     """Draw every *loss of log.jsonl against the step, on one labelled scale: a PNG at `path`."""
-    rows = [json.loads(line) for line in Path(log).read_text().splitlines()] if os.path.exists(log) else []
+    rows = read_log(log)
     names = [k for k in (rows[-1] if rows else {}) if k.endswith("loss")]
     if len(rows) < 2:
         return

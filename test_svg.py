@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -357,10 +358,7 @@ class Golden(Case):
         g_loss, last_layer = -disc(y).mean(), ae.decoder.conv_out.weight
         weight = 0.5 * train_ae.adaptive_weight(nll, g_loss, last_layer)
         total = nll + weight * g_loss
-        (direct,) = torch.autograd.grad(total, y, retain_graph=True)
-        gradient = train_ae.generator_gradient(y, nll, g_loss, 0.5, last_layer)  # each loss passed back once
-        self.close(gradient / gradient.abs().max(), direct / gradient.abs().max(), 1e-6)
-        y.backward(gradient)
+        y.backward(train_ae.generator_gradient(y, nll, g_loss, 0.5, last_layer))
         answers = {"l1_mean": l1, "p_loss_mean": perceptual, "nll": nll, "g_loss": g_loss,
                    "d_weight_times_half": weight, "total": total,
                    "disc_loss": train_ae.hinge_loss(disc(x), disc(y.detach())),
@@ -369,6 +367,21 @@ class Golden(Case):
         for key in [k for k in GOLDEN if k.startswith("stage1/")]:
             with self.subTest(key):
                 self.agree(key, answers[key.removeprefix("stage1/")])
+
+    def test_one_backward_pass_gives_the_gradient_of_the_sum_of_the_losses(self):
+        torch.manual_seed(0)
+        lpips, disc = train_ae.LPIPS(None).double(), train_ae.PatchDiscriminator().double()
+        last_layer = torch.nn.Conv2d(8, 3, 3, padding=1).double()
+        x, h = image(1, (2, 3, 64, 64)).double(), torch.randn(2, 8, 64, 64, dtype=torch.float64, requires_grad=True)
+        y = last_layer(h)
+        nll, *_ = train_ae.reconstruction_loss(x, y, lpips, 1.0)
+        g_loss = -disc(y).mean()
+        weight = train_ae.adaptive_weight(nll, g_loss, last_layer.weight)  # the usual way, by two passes
+        inputs = y, h, last_layer.weight
+        both = torch.autograd.grad(nll + 0.5 * weight * g_loss, inputs, retain_graph=True)
+        gradient = train_ae.generator_gradient(y, nll, g_loss, 0.5, last_layer.weight)
+        for once, twice in zip((gradient, *torch.autograd.grad(y, inputs[1:], gradient)), both, strict=True):
+            self.assertLess((once - twice).norm() / twice.norm(), 1e-12)
 
     def test_transformer_loss_and_sampler_agree_with_the_authors(self):
         x, y = normal(21, 2, 256, 392), torch.tensor([3, 5])
@@ -545,6 +558,8 @@ class Metrics(Case):
             "a --batch 1 --workers 0", "a --batch 7 --workers 2", "a.npz --batch 30", "small.npz")]
         shell("fid a --ref b --demo --batch 6 --workers 0 --json out.json", processes=2)
         others.append(json.loads(Path("out.json").read_text()))
+        ok("svg pack a packed --size 32 --workers 0")
+        others.append(self.number("packed --ref b --demo"))
         for other in others:
             for key in ("FD-demo-encoder", "precision", "recall", "KID"):
                 self.assertAlmostEqual(whole[key], other[key], delta=1e-5 * abs(whole[key]) + 1e-9)
@@ -1043,7 +1058,7 @@ class Commands(Case):
     def test_two_processes_train_the_same_transformer(self):
         command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --steps 3 --name"
         ok(command, "one")
-        shell(command, "two", processes=2)
+        shell(command, "two", "--accumulate", 2, processes=2)
         one, two = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("one", "two"))
         for key in one["ema"]:
             self.close(one["ema"][key], two["ema"][key])
@@ -1138,8 +1153,10 @@ class Training(Case):
         norm, skipped = svg.optimizer_step(optimizer, clip=1.0)
         self.close((norm.item(), float(skipped), p.grad.norm().item()), (5.0, 0.0, 1.0))
         before = copy.deepcopy((p.data, optimizer.state_dict()["state"]))
-        p.grad = torch.tensor([1.0, math.nan, 1.0])
-        self.assertTrue(svg.optimizer_step(optimizer, clip=1.0)[1])
+        q = torch.nn.Parameter(torch.ones(3))
+        p.grad, q.grad = torch.ones(3), torch.tensor([1.0, math.nan, 1.0])
+        self.assertTrue(svg.optimizer_step(optimizer, torch.optim.AdamW([q], fused=True), clip=1.0)[1])
+        self.assertEqual(q.tolist(), [1, 1, 1])  # and the optimiser beside it stays too
         after = (p.data, optimizer.state_dict()["state"])
         self.assertTrue(torch.equal(before[0], after[0]))
         for k, v in before[1][0].items():
@@ -1161,10 +1178,22 @@ class Training(Case):
         self.assertEqual((code, err.count("\n")), (2, 1))
         self.assertRegex(err, rf"no finite gradient for {svg.STREAK} steps.*runs/bad/last\.pt")
         self.assertEqual(svg.load_checkpoint("runs/bad/last.pt")["step"], 4)
+        os.makedirs("runs/mended")  # as the message says
+        shutil.copy("runs/bad/last.pt", "runs/mended")
+        command = f"{MINI_DIT} --ae {trained()}/runs/demo-ae/last.pt --name mended --steps 5 --lr"
+        self.assertIn("going on with runs/mended at step 4", ok(command, 0.001))
+        self.assertEqual(svg.load_checkpoint("runs/mended/last.pt")["opt"]["param_groups"][0]["lr"], 0.001)
+        for other, words in ((command.replace("--model 2", "--model 1"), "unexpected blocks.1"),
+                             (MINI_AE + " --name mended --lr", "not of this stage")):
+            os.remove("runs/mended/config.json")
+            code, _, err = run(other, 0.1)
+            self.assertEqual((code, err.count("\n")), (2, 1), err)
+            self.assertIn(words, err)
 
     def test_signals_end_a_run_after_a_step_and_it_goes_on_exactly(self):
         for ae in (False, True):
-            whole = self.train("whole", ae=ae, steps=4)
+            flags = ["--accumulate", 2, *["--gan", 0.5, "--disc-start", 1] * ae]
+            whole = self.train("whole", *flags, ae=ae, steps=4)
             for number in svg.STOP_SIGNALS:
                 with self.subTest(number, ae=ae):
                     real = svg.seed_step
@@ -1175,18 +1204,21 @@ class Training(Case):
                         real(seed, step, *rank)
 
                     with mock.patch("svg.seed_step", seed_step):
-                        self.assertEqual(self.train("stopped", ae=ae)["step"], 2)
+                        self.assertEqual(self.train("stopped", *flags, ae=ae)["step"], 2)
+                    with open("runs/stopped/log.jsonl", "a") as f:
+                        f.write('{"step": 3, "lo')  # what a full disk leaves of a line
                     if ae:
                         self.assertFalse(svg.load_autoencoder("runs/stopped/last.pt").measured)
-                    self.assert_same(whole, self.train("stopped", ae=ae))
+                    self.assert_same(whole, self.train("stopped", *flags, ae=ae))
                     shutil.rmtree("runs/stopped")
             shutil.rmtree("runs")
 
     def test_stopped_run_says_how_to_go_on(self):
-        process = start(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 100000")
+        process = start(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 100000 --workers 2",
+                        start_new_session=True)
         for line in process.stdout:
             if line.startswith("step 2"):
-                process.send_signal(signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGTERM)  # its loading processes too
         _, err = process.communicate()
         self.assertEqual((process.returncode, err), (0, ""))
         self.assertRegex(line, r"SIGTERM: stopped after step \d+; the same command goes on from runs/demo-dit/last.pt")
@@ -1305,9 +1337,9 @@ class PackedData(Case):
     def test_packed_pixels_are_those_of_the_tree_and_corrupt_images_are_left_out(self):
         self.tree()
         Path("tree/a/4.jpg").write_bytes(b"no picture")
-        code, out, err = run("svg pack tree packed --size 32 --workers 2")
+        code, out, err = run("svg pack tree/ packed/ --size 32 --workers 2")
         self.assertEqual((code, err), (0, "warning: tree/a/4.jpg: not a readable image, left out\n"))
-        self.assertIn("39 images in packed, 1 corrupt", out)
+        self.assertIn("39 images in packed/, 1 corrupt", out)
         self.assertEqual(sorted(os.listdir("packed")), ["classes.json", "images.npy", "labels.npy"])
         os.remove("tree/a/4.jpg")
         tree, packed = svg.open_data("tree", 32), svg.open_data("packed", 32)
@@ -1317,6 +1349,10 @@ class PackedData(Case):
             (a, *label), (b, *also) = tree[i, 0], packed[i, 0]
             np.testing.assert_array_equal(a, b)
             self.assertEqual(label, also)
+        self.assertEqual(svg.identity(tree), svg.identity(packed))
+        self.assertNotEqual(svg.identity(svg.open_data("tree", 32, random_crop=True)), svg.identity(packed))
+        self.assertLess(len(pickle.dumps(packed)), 1000)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(packed)).images, packed.images)
         command = DIT_DATA.replace("runs", f"{trained()}/runs") + " --model 1,32,2 --steps 2 --workers"
         for name in ("tree", "packed"):
             ok(command, int(name == "packed"), "--name", name, "--data", name)

@@ -97,13 +97,13 @@ class BatchNorm2d(nn.BatchNorm2d):
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         moments = torch.stack([mean, var + mean.square()]) / svg.world_size()
         mean, square = AllReduce.apply(moments)
-        var, n = square - mean.square(), svg.world_size() * x.numel() / x.shape[1]
+        var, n = (square - mean.square()).clamp(min=0), svg.world_size() * x.numel() / x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * n / (n - 1), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()
-        return x * scale.view(-1, 1, 1) + (self.bias - mean * scale).view(-1, 1, 1)
+        return (x * scale.view(-1, 1, 1) + (self.bias - mean * scale).view(-1, 1, 1)).to(x.dtype)
 
 
 class PatchDiscriminator(nn.Module):
@@ -208,7 +208,7 @@ def decoder_size(args):
 
 def main():
     args = parse_args()
-    device = svg.setup(args.precision)
+    device, share = svg.setup(args.precision), svg.local_batch(args)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
     torch.manual_seed(args.seed)  # every rank starts from the same weights
     if args.bench and not args.demo:
@@ -229,7 +229,7 @@ def main():
     if not args.bench:
         data = (demo.dataset("train") if args.demo else
                 svg.open_data(args.data, args.image_size, random_crop=True, seed=args.seed))
-        run = svg.Run("ae", args, {"encoder_fingerprint": encoder.fingerprint, "images": len(data)})
+        run = svg.Run("ae", args, {"trained_on": encoder.fingerprint, **svg.identity(data)})
         checkpoint = run.resume()
 
     model, disc = model.to(device).train(), disc.to(device)
@@ -239,8 +239,10 @@ def main():
     step = 0
     if checkpoint:
         step = checkpoint["step"]
-        for target, key in ((model, "model"), (disc, "disc"), (opt, "opt"), (opt_disc, "opt_disc")):
+        svg.strict_load(model, checkpoint["model"], run.last, "the same autoencoder")
+        for target, key in ((disc, "disc"), (opt, "opt"), (opt_disc, "opt_disc")):
             target.load_state_dict(checkpoint[key])
+        opt.param_groups[0]["lr"] = opt_disc.param_groups[0]["lr"] = args.lr
     if args.compile:
         svg.compile_blocks(encoder.vit, *([model.residual] if args.residual_channels else []))
         model.decoder.features = torch.compile(model.decoder.features, dynamic=False)
@@ -249,7 +251,6 @@ def main():
     forward, discriminate, last_layer = model, disc, model.decoder.conv_out.weight
     if svg.world_size() > 1:
         forward, discriminate = svg.data_parallel(model), svg.data_parallel(disc)
-    share = args.batch // svg.world_size()
     local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
 
     def train_step(step, images):
@@ -277,14 +278,11 @@ def main():
                     d_loss = hinge_loss(discriminate(x).float(), discriminate(y.detach()).float())
                 (part * d_loss).backward()
             totals += part * torch.stack([l1, perceptual, d_loss.detach()])
-        norm, skipped = svg.optimizer_step(opt, args.clip)
-        if adversarial:
-            skipped = skipped | svg.optimizer_step(opt_disc, args.clip)[1]
-        return totals, norm, skipped
+        return totals, *svg.optimizer_step(*[opt, opt_disc][:1 + adversarial], clip=args.clip)
 
     if args.bench:
         def make(n):
-            images = torch.randint(256, (n, args.image_size, args.image_size, 3), dtype=torch.uint8)
+            images = svg.synthetic_images(n, args.image_size, device)
             return lambda: train_step(args.disc_start, images)
 
         return svg.bench(args, device, make, args.batch, script="train_ae")

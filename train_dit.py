@@ -65,7 +65,7 @@ def update_ema(ema, model, decay):
 def main():
     args = parse_args()
     size = model_size(args.model)
-    device = svg.setup(args.precision)
+    device, share = svg.setup(args.precision), svg.local_batch(args)
     ae, path = find_autoencoder(args)
     ae = ae.to(device).eval().requires_grad_(False)
     if args.bench:
@@ -73,14 +73,15 @@ def main():
     else:
         data = demo.dataset("train") if args.demo else svg.open_data(args.data, ae.image_size, seed=args.seed)
         classes = data.classes
-        run = svg.Run("dit", args, {"autoencoder": ae.fingerprint, "num_classes": len(classes), "images": len(data)})
+        run = svg.Run("dit", args, {"trained_on": ae.fingerprint, "num_classes": len(classes),
+                                  **svg.identity(data)})
         checkpoint = run.resume()
         if checkpoint:
             ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
         elif args.latent_stats:
             ae.set_latent_stats(*svg.load_latent_stats(args.latent_stats))
         elif not ae.measured:  # the authors' autoencoder, or one whose training was stopped
-            ae.measure(data, 10_000, max(1, args.batch // svg.world_size()), args.workers)
+            ae.measure(data, 10_000, share, args.workers)
 
     torch.manual_seed(args.seed)  # every rank starts from the same weights
     model = svg.SiT(size, ae.channels, len(classes), ae.grid).to(device)
@@ -91,12 +92,13 @@ def main():
     step = 0
     if checkpoint:
         step = checkpoint["step"]
-        for target, key in ((model, "model"), (ema, "ema"), (opt, "opt")):
+        svg.strict_load(model, checkpoint["model"], run.last, "the same transformer")
+        for target, key in ((ema, "ema"), (opt, "opt")):
             target.load_state_dict(checkpoint[key])
+        opt.param_groups[0]["lr"] = args.lr
     if args.compile:
         svg.compile_blocks(model, ae.encoder.vit, *([ae.residual] if ae.channels > ae.encoder.dim else []))
     velocity = svg.data_parallel(model) if svg.world_size() > 1 else model
-    share = args.batch // svg.world_size()
     local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
 
     def train_step(step, images, y):
@@ -116,13 +118,13 @@ def main():
                 loss = svg.flow_loss(velocity, latents, labels, args.shift, *draws).sum() / len(images)
             loss.backward()
             total = total + loss.detach()
-        norm, skipped = svg.optimizer_step(opt, args.clip)
+        norm, skipped = svg.optimizer_step(opt, clip=args.clip)
         update_ema(ema, model, args.ema_decay)
         return total, norm, skipped
 
     if args.bench:
         def make(n):
-            images = torch.randint(256, (n, ae.image_size, ae.image_size, 3), dtype=torch.uint8)
+            images = svg.synthetic_images(n, ae.image_size, device)
             return lambda: train_step(1, images, torch.arange(n) % len(classes))
 
         return svg.bench(args, device, make, args.batch, script="train_dit", model=args.model)
