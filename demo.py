@@ -6,8 +6,8 @@
     python demo.py classify samples/           # how many samples show the class they were asked for
 
 The dataset is drawn image by image from (seed, index): ten shapes with random place, size, rotation, colours,
-gradients and textures. Like DINO the encoder knows what is where, and colour only coarsely; the residual branch adds
-the rest. The README has the commands that made demo.pt.
+gradients and textures. Like DINO the encoder knows what is where, and colour only coarsely; the residual
+branch adds the rest. The README has the commands that made demo.pt.
 """
 import colorsys
 import sys
@@ -72,7 +72,8 @@ def _texture(rng, n, hue, value):
 
     def shade():
         brightness = np.clip(value + rng.normal(0, 0.08), 0, 1)
-        return np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, 0.03)) % 1, saturation, brightness), np.float32)
+        return np.array(colorsys.hsv_to_rgb((hue + rng.normal(0, 0.03)) % 1, saturation, brightness),
+                        np.float32)
 
     a, b = 255 * shade(), 255 * shade()
     y, x = np.mgrid[:n, :n].astype(np.float32) / n
@@ -91,8 +92,8 @@ def _texture(rng, n, hue, value):
 
 
 def draw(label, rng, size=SIZE, radius=None):
-    """One picture of class `label`: uint8 [size, size, 3] and its outline mask, float [size, size]. radius: of the
-    figure, in pictures; default random.
+    """One picture of class `label`: uint8 [size, size, 3] and its outline mask, float [size, size]. radius:
+    of the figure, in pictures; default random.
     """
     n = 4 * size  # drawn large and averaged down: smooth edges
     radius = (radius or rng.uniform(0.30, 0.44)) * n
@@ -147,8 +148,8 @@ def dataset(split, count=None):
 def scenes(task, split):
     """600 "train" or 100 "val" pairs (uint8 [32, 32, 3], target [32, 32]) for the dense probes.
 
-    segment: 1 = ground, 2 + class = figure. depth, in metres: a figure 0.9 m wide, 1 to 3 m before a camera whose
-    focal length is the picture's width, so that it looks the smaller the farther it is; behind it a wall at 4 m.
+    segment: 1 = ground, 2 + class = figure. depth, in metres: a figure 0.9 m wide, 1 to 3 m before a camera
+    whose focal length is the picture's width: it looks the smaller the farther it is; behind, a wall at 4 m.
     """
     pairs = []
     for i in range({"train": 600, "val": 100}[split]):
@@ -175,14 +176,15 @@ def _batches(seed, steps, batch, count=20000):
 
 
 def train_encoder(path, steps=5000, batch=64, seed=0):
-    """Train the tiny ViT on drawn pictures: every patch token (and CLS) learns to tell the class, the coarse outline
-    of the whole figure and the two mean colours, and each patch token its own outline: meaning, and where it is.
+    """Train the tiny ViT on drawn pictures: every patch token (and CLS) learns to tell the class, the coarse
+    outline of the whole figure and the mean colours, each patch token its own outline: meaning and place.
     """
     torch.manual_seed(seed)
     vit, p = svg.ViT(**VIT), VIT["patch"]
-    told = nn.Linear(64, len(CLASSES) + 64 + 6)  # of every token: class, 8 x 8 outline, figure's and ground's colour
+    told = nn.Linear(64, len(CLASSES) + 64 + 6)  # of every token: class, 8 x 8 outline, two mean colours
     local = nn.Linear(64, p * p)  # of each patch token: its own outline
-    optimizer = torch.optim.AdamW([*vit.parameters(), *told.parameters(), *local.parameters()], 2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW([*vit.parameters(), *told.parameters(), *local.parameters()], 2e-3,
+                                  weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
 
     def every_token(target):
@@ -207,8 +209,8 @@ def train_encoder(path, steps=5000, batch=64, seed=0):
         schedule.step()
         if step % 200 == 0:
             accuracy = (logits.mean(1).argmax(1) == labels).float().mean()
-            print(f"step {step}/{steps}  loss {loss:.3f}  accuracy {accuracy:.2f}  {time.time() - start:.0f} s",
-                  flush=True)
+            print(f"step {step}/{steps}  loss {loss:.3f}  accuracy {accuracy:.2f}  "
+                  f"{time.time() - start:.0f} s", flush=True)
     # Half precision here, so that stage 1 trains on exactly the weights that demo.pt ships.
     model = {k: v.half() for k, v in vit.state_dict().items()}
     svg.save_checkpoint(path, {"encoder": {"name": "demo", "vit": VIT, "model": model}})
@@ -228,7 +230,8 @@ def pack(path):
     svg.save_checkpoint(path, {
         "encoder": encoder,
         "autoencoder": {**{k: v for k, v in ae.items() if k in told}, "model": half},
-        "sit": {**{k: v for k, v in dit.items() if k in told}, "ema": {k: v.half() for k, v in dit["ema"].items()}},
+        "sit": {**{k: v for k, v in dit.items() if k in told},
+                "ema": {k: v.half() for k, v in dit["ema"].items()}},
     })
 
 
@@ -285,7 +288,8 @@ def main():
         images = np.stack([np.asarray(svg.open_rgb(f)) for f in files])
         model, real = train_classifier()
         share, each = accuracy(model, images, np.arange(len(files)) % len(CLASSES))
-        print(f"classifier: {real:.1%} right on held-out real images; {share:.1%} of {len(files)} samples right")
+        print(f"classifier: {real:.1%} right on held-out real images; "
+              f"{share:.1%} of {len(files)} samples right")
         print("  ".join(f"{name} {a:.0%}" for name, a in zip(CLASSES, each)))
     else:
         raise svg.UserError("python demo.py show | encoder | pack | classify FOLDER")

@@ -1,4 +1,4 @@
-"""The Inception network of the FID: the TensorFlow graph of 2015-12-05 in PyTorch, and what goes in and comes out.
+"""The FID's Inception network: the TensorFlow graph of 2015-12-05 in PyTorch, and what goes in and comes out.
 
     uint8 images -> resized to 299 pixels by ADM's or pytorch-fid's rule -> features, spatial features, logits
 """

@@ -396,11 +396,13 @@ def pixels(args, device):
     """
     p, d = args.patch, args.channels
     if 3 * p * p > d:
-        raise svg.UserError(f"--channels {d} cannot hold the {3 * p * p} numbers of --patch {p}: give at least as many")
+        raise svg.UserError(f"--channels {d} cannot hold the {3 * p * p} numbers of --patch {p}: "
+                            f"give at least as many")
     vit = {"patch": p, "dim": d, "depth": 0, "heads": 1, "grid": 1, "cls": False, "imagenet": False}
-    rotation = torch.linalg.qr(torch.randn(d, 3 * p * p, generator=torch.Generator().manual_seed(args.seed)))[0]
-    weights = {"patch_embed.proj.weight": rotation.reshape(d, 3, p, p), "patch_embed.proj.bias": torch.zeros(d),
-               "pos_embed": torch.zeros(1, 1, d)}
+    rotation = torch.linalg.qr(
+        torch.randn(d, 3 * p * p, generator=torch.Generator().manual_seed(args.seed)))[0]
+    weights = {"patch_embed.proj.weight": rotation.reshape(d, 3, p, p),
+               "patch_embed.proj.bias": torch.zeros(d), "pos_embed": torch.zeros(1, 1, d)}
     path = Path(args.out, "pixels.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
     svg.save_checkpoint(path, {"encoder": {"name": f"pixels{p}", "vit": vit, "model": weights}})
@@ -506,7 +508,8 @@ def parse_args(what):
     add("space", "--images", type=svg.positive, default=1000, help="images in all, shared by the classes")
     add("pca", "--images", nargs="+", metavar="FILE", help="pictures (default: a sample of --class)")
     add("pixels", "--patch", type=svg.positive, default=8, help="pixels per side of a patch")
-    add("pixels", "--channels", type=svg.positive, default=392, help="channels of a token, 3 * patch^2 or more")
+    add("pixels", "--channels", type=svg.positive, default=392,
+        help="channels of a token, 3 * patch^2 or more")
     add("pca", "--class", dest="class_", default="0", help="number or name of the class it is told")
     add("pca", "--guidance", type=svg.number(), default=4.0, help="guidance scale of the sample")
     add("pca", "--rows", type=svg.positive, default=4, help="layers shown")

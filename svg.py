@@ -141,8 +141,8 @@ class ViT(nn.Module):
 
     grid=None gives DINOv3's rotary positions, grid=n a learned position embedding for CLS and n*n patches
     that is resized (bicubic) to other grids; `offset` and `antialias` are the two ways DINOv2's releases do
-    that. cls=False leaves out the CLS token, and with it its position. imagenet says whether the images it takes
-    are normalised by ImageNet's statistics (the caller's work) or stay in [-1, 1]. forward: such images [B, 3,
+    that. cls=False leaves out the CLS token and its position. imagenet says whether the images it takes are
+    normalised by ImageNet's statistics (the caller's work) or stay in [-1, 1]. forward: such images [B, 3,
     h*patch, w*patch] -> tokens after the final norm [B, prefix + h*w, dim]; the prefix is CLS and registers.
     """
 
@@ -330,10 +330,10 @@ def to_official_names(weights):
 def load_encoder(path, name=None):
     """Load a frozen encoder: encoder(images [B, 3, H, W] in [-1, 1]) -> patch tokens [B, N, D].
 
-    path: an official DINOv3, DINOv2 or MAE `.pth`, DINO's or SigLIP2's Hugging Face `.safetensors` (with or without
-    its text tower), or a file that holds an encoder of ours (demo.pt). The architecture is told from the shapes, or
-    given as a `name` of ENCODERS; every tensor must fit. Raises UserError that names the missing, unexpected or
-    misshapen tensors.
+    path: an official DINOv3, DINOv2 or MAE `.pth`, DINO's or SigLIP2's Hugging Face `.safetensors` (with or
+    without its text tower), or a file that holds an encoder of ours (demo.pt). The architecture is told from
+    the shapes, or given as a `name` of ENCODERS; every tensor must fit. Raises UserError that names the
+    missing, unexpected or misshapen tensors.
     """
     weights = read_safetensors(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
     return encoder_from_weights(weights, path, name)
@@ -343,7 +343,7 @@ def encoder_from_weights(weights, path, name=None):
     """load_encoder for weights in memory; `path` is what messages and checkpoints call them."""
     if isinstance(weights.get("encoder"), dict):
         weights = weights["encoder"]
-    if "vit" in weights and need(weights, ("name", "vit", "model"), path):  # ours: the architecture stands beside the tensors
+    if "vit" in weights and need(weights, ("name", "vit", "model"), path):  # ours, with its architecture
         name, config, weights = weights["name"], weights["vit"], weights["model"]
     else:
         if isinstance(weights.get("model"), dict):  # MAE
@@ -363,8 +363,9 @@ def _detect(weights, path):
     try:
         dim, _, _, patch = weights["patch_embed.proj.weight"].shape
     except (KeyError, AttributeError, ValueError):
-        raise UserError(f"{path}: not an encoder: no cls_token and patch_embed.proj among its {len(weights)} entries "
-                        f"({', '.join(map(str, list(weights)[:3]))}, ...); give one of {', '.join(ENCODERS)}") from None
+        raise UserError(f"{path}: not an encoder: no cls_token and patch_embed.proj among its {len(weights)} "
+                        f"entries ({', '.join(map(str, list(weights)[:3]))}, ...); give one of "
+                        f"{', '.join(ENCODERS)}") from None
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     depth = 1 + max([int(k.split(".")[1]) for k in weights if k.startswith("blocks.")], default=0)
     swiglu = "blocks.0.mlp.w1.weight" in weights
@@ -380,10 +381,11 @@ def _detect(weights, path):
 
 
 def fresh_encoder(file):
-    """An encoder of random weights, of the architecture that an official file's name begins with: for --bench."""
+    """An encoder of random weights, of the architecture that an official file name begins with (--bench)."""
     fits = [name for name in sorted(ENCODERS, key=len) if Path(file).name.startswith(name)]
     if not fits:
-        raise UserError(f"--encoder {file}: --bench needs a name that begins with one of {', '.join(ENCODERS)}")
+        raise UserError(f"--encoder {file}: --bench needs a name that begins with one of "
+                        f"{', '.join(ENCODERS)}")
     return Encoder(ViT(**ENCODERS[fits[-1]]), fits[-1], file)
 
 
@@ -444,11 +446,13 @@ class Decoder(nn.Module):
         c = widths[-1]
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
         self.mid = nn.Module()
-        self.mid.block_1, self.mid.block_2, self.mid.attn_1 = ResnetBlock(c, c), ResnetBlock(c, c), AttnBlock(c)
+        self.mid.block_1, self.mid.block_2, self.mid.attn_1 = (
+            ResnetBlock(c, c), ResnetBlock(c, c), AttnBlock(c))
         self.up = nn.ModuleList()  # level 0 is the full resolution; decoding starts at the last level
         for level in reversed(range(len(widths))):
             up = nn.Module()
-            up.block = nn.ModuleList(ResnetBlock(widths[level] if i else c, widths[level]) for i in range(blocks))
+            up.block = nn.ModuleList(
+                ResnetBlock(widths[level] if i else c, widths[level]) for i in range(blocks))
             c = widths[level]
             lowest = level == len(widths) - 1
             up.attn = nn.ModuleList(AttnBlock(c) for _ in range(blocks if lowest else 0))
@@ -521,7 +525,8 @@ class Autoencoder(nn.Module):
         if residual_channels:
             self.residual = ViT(patch=self.ratio, grid=grid, layer_scale=False, **residual)
             dim = residual["dim"]
-            self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, residual_channels))
+            self.residual_head = nn.Sequential(nn.Linear(dim, dim), nn.GELU(),
+                                               nn.Linear(dim, residual_channels))
             self.mask_token = nn.Parameter(torch.randn(residual_channels) * 0.02)
         self.decoder = Decoder(self.channels, **decoder)
         # Running alignment statistics: mean and std of the features, mean and std of the residual.
@@ -538,9 +543,9 @@ class Autoencoder(nn.Module):
 
         align: "batch" uses this batch's statistics (over all ranks while training) and so makes a latent
         depend on its neighbours, as the authors' code does in training and inference alike; "running" uses
-        those gathered in training; "none" leaves the residual as it is. Default: batch while training, running
-        in eval, so that encode(batch)[i] == encode(batch[i:i+1]); none where that is how it was trained.
-        masked: bool [B], whose residual tokens the mask token replaces while training (default: drawn at random).
+        those gathered in training; "none" leaves the residual as it is. Default: batch while training,
+        running in eval, so that encode(batch)[i] == encode(batch[i:i+1]); none where it was trained so.
+        masked: bool [B], whose residual tokens the mask token replaces in training (default: random ones).
         """
         h, w = (n // self.ratio for n in images.shape[-2:])
         features = self.encoder(images, grid=(h, w))
@@ -559,8 +564,8 @@ class Autoencoder(nn.Module):
                 self.alignment.lerp_(finite, (1 / (self.alignment_batches + 1)).clamp(min=0.01))
                 self.alignment_batches += 1
         elif not self.aligned:
-            raise UserError("this autoencoder has no running alignment statistics (the authors' checkpoint keeps "
-                            "none): use --align batch, or Autoencoder.measure on some images first")
+            raise UserError("this autoencoder has no running alignment statistics (the authors' checkpoint "
+                            "keeps none): use --align batch, or Autoencoder.measure on some images first")
         else:
             statistics = self.alignment
         if self.training:
@@ -592,7 +597,7 @@ class Autoencoder(nn.Module):
 
     @property
     def aligned(self):
-        """Whether running alignment statistics are known, or not needed; asked of the device only until they are."""
+        """Whether running alignment statistics are known, or not needed; asks the device only until then."""
         self._aligned = self._aligned or bool(self.alignment_batches > 0)
         return self._aligned
 
@@ -604,7 +609,8 @@ class Autoencoder(nn.Module):
     def set_latent_stats(self, mean, std):
         """Replace the latents' per-channel mean and std [C], for instance by the authors' published ones."""
         if not mean.shape == std.shape == self.latent_mean.shape:
-            raise UserError(f"latent statistics of {len(mean)} channels do not fit latents of {self.channels}")
+            raise UserError(f"latent statistics of {len(mean)} channels do not fit latents of "
+                            f"{self.channels}")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
@@ -670,12 +676,12 @@ def load_autoencoder(path, encoder=None, weights_dir=None):
             places = (file, find_weights(file.name, weights_dir), Path(__file__).parent / file.name)
             found = [p for p in places if p.exists()]
             if not found:
-                raise UserError(f"{path} needs its encoder {file.name}: name its folder by --weights, or put it "
-                                f"into {find_weights('', weights_dir)}")
+                raise UserError(f"{path} needs its encoder {file.name}: name its folder by --weights, or put "
+                                f"it into {find_weights('', weights_dir)}")
             encoder = load_encoder(found[0])
     if encoder and encoder.fingerprint != recorded["fingerprint"]:
-        raise UserError(f"{path} was trained on other encoder weights than {encoder.file}: {recorded['file']} "
-                        f"({recorded['name']}, fingerprint {recorded['fingerprint'][:12]})")
+        raise UserError(f"{path} was trained on other encoder weights than {encoder.file}: {recorded['file']}"
+                        f" ({recorded['name']}, fingerprint {recorded['fingerprint'][:12]})")
     model = Autoencoder(encoder or None, **part["config"])
     strict_load(model, part["model"], path, "autoencoder")
     model.fingerprint = part["fingerprint"]
@@ -692,7 +698,8 @@ def _load_authors_autoencoder(weights, path, encoder):
         parts.setdefault(head, {})[rest] = value
     for needed in ("encoder", "extra_vit", "decoder"):
         if needed not in parts:
-            raise UserError(f"{path}: not the authors' autoencoder: no {needed}.* among its {len(weights)} tensors")
+            raise UserError(f"{path}: not the authors' autoencoder: "
+                            f"no {needed}.* among its {len(weights)} tensors")
     if encoder is None:
         encoder = encoder_from_weights(parts["encoder"], path)
     residual = {k: v for k, v in parts["extra_vit"].items() if not k.startswith("heads.")}
@@ -867,7 +874,8 @@ def load_sit(path, ema=True):
                 if weights[key].shape[0] == 2 * channels:
                     weights[key] = weights[key][:channels]
         except (KeyError, AttributeError, ValueError):
-            raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors')") from None
+            raise UserError(f"{path}: not a transformer checkpoint "
+                            f"(of train_dit.py, or the authors')") from None
         size = {"depth": depth, "dim": dim, "heads": heads}
         config = {"model": size, "channels": channels, "num_classes": num_classes}
         meta = {}
@@ -1001,9 +1009,7 @@ def strict_load(module, weights, path, what):
 
 
 def write_atomically(path, write):
-    """write(file) into a temporary file of the same folder, fsync, rename. A failure leaves the old file and no new
-    one.
-    """
+    """write(file) to a temporary file beside `path`, fsync, rename. A failure leaves only the old file."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -1033,11 +1039,12 @@ def load_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file fails in any of torch's, zipfile's and pickle's ways
-        raise UserError(f"{path}: not a readable checkpoint ({brief(e)}): truncated, or another kind of file? "
-                        f"copy or download it again") from e
+        raise UserError(f"{path}: not a readable checkpoint ({brief(e)}): truncated, or another kind of "
+                        f"file? copy or download it again") from e
     kinds = {type(k) for k in checkpoint} if isinstance(checkpoint, dict) else {type(checkpoint)}
     if kinds - {str}:
-        raise UserError(f"{path}: holds {min(k.__name__ for k in kinds - {str})}, not a dict of weights by name")
+        raise UserError(f"{path}: holds {min(k.__name__ for k in kinds - {str})}, "
+                        f"not a dict of weights by name")
     return checkpoint
 
 
@@ -1059,12 +1066,12 @@ def read_safetensors(path):
                 out[key] = tensor.view(entry["shape"])
         return out
     except (ValueError, KeyError, TypeError, RuntimeError, OSError, struct.error) as e:
-        raise UserError(f"{path}: not a readable .safetensors file ({brief(e)}): truncated? copy or download it "
-                        f"again") from e
+        raise UserError(f"{path}: not a readable .safetensors file ({brief(e)}): truncated? copy or download "
+                        f"it again") from e
 
 
 def load_npz(path, keys=None):
-    """Arrays of an .npz file as a dict, all or those of `keys` that it has; UserError if missing or damaged."""
+    """An .npz file's arrays as a dict, all or those of `keys` it has; UserError if missing or damaged."""
     try:
         with np.load(path) as f:
             return {k: f[k] for k in f.files if keys is None or k in keys}
@@ -1091,9 +1098,9 @@ def missing_weights(path):
     """The line that tells where a missing file is to be had."""
     name = os.path.basename(str(path))
     if name.startswith("dinov3"):
-        return (f"{path} is missing: Meta gives DINOv3 out after a licence form (https://ai.meta.com/resources/"
-                f"models-and-libraries/dinov3-downloads/); put the file there under that name, or use the open "
-                f"DINOv2: --encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
+        return (f"{path} is missing: Meta gives DINOv3 out after a licence form (https://ai.meta.com/"
+                f"resources/models-and-libraries/dinov3-downloads/); put the file there under that name, or "
+                f"use the open DINOv2: --encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
     if name == "mae_pretrain_vit_base.pth":
         return f"{path} is missing; download it from https://dl.fbaipublicfiles.com/mae/pretrain/{name}"
     if name in DOWNLOADS:
@@ -1102,8 +1109,8 @@ def missing_weights(path):
 
 
 def fetch_weights(name, weights_dir=None):
-    """Path of a pretrained file by its official name, downloaded if it is openly published, with its hash checked
-    if that is published too.
+    """Path of a pretrained file by its official name, downloaded if it is openly published, with its hash
+    checked if that is published too.
 
     A local file with another hash is only worth a warning: it may be a conversion of the same weights.
     """
@@ -1114,10 +1121,11 @@ def fetch_weights(name, weights_dir=None):
     if rank() == 0 and url and not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(f"{url}/{path.name}", str(path), digest, progress=sys.stderr.isatty())
-        except Exception as e:  # no network, a proxy's page, a full disk, a wrong hash: the remedy is the same
-            raise UserError(f"{missing_weights(path)} (tried just now: {brief(e)}) and put it there, or name its "
-                            f"folder by --weights or $SVG_WEIGHTS") from e
+            torch.hub.download_url_to_file(f"{url}/{path.name}", str(path), digest,
+                                           progress=sys.stderr.isatty())
+        except Exception as e:  # no network, a proxy's page, a full disk, a wrong hash: one remedy for all
+            raise UserError(f"{missing_weights(path)} (tried just now: {brief(e)}) and put it there, or "
+                            f"name its folder by --weights or $SVG_WEIGHTS") from e
     barrier()
     return path  # a loader will say it if it is missing
 
@@ -1161,13 +1169,13 @@ def crop(image, size, rng=None):
 
 def list_images(folder):
     """Sorted image files below a folder."""
-    return sorted(os.path.join(where, f) for where, _, files in os.walk(folder, followlinks=True) for f in files
-                  if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)
+    return sorted(os.path.join(where, f) for where, _, files in os.walk(folder, followlinks=True)
+                  for f in files if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES)
 
 
 def walk_tree(root):
-    """An ImageFolder tree as arrays: class names, path below the root and label of every image, and each folder's
-    time of last change.
+    """An ImageFolder tree as arrays: class names, path below the root and label of every image, and each
+    folder's time of last change.
     """
     classes = sorted(e.name for e in os.scandir(root) if e.is_dir())
     names, labels, folders = [], [], {".": os.stat(root).st_mtime_ns}
@@ -1175,18 +1183,20 @@ def walk_tree(root):
         files = []
         for where, _, inside in os.walk(os.path.join(root, name), followlinks=True):
             folders[os.path.relpath(where, root)] = os.stat(where).st_mtime_ns
-            files += [os.path.join(where, f) for f in inside if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
+            files += [os.path.join(where, f) for f in inside
+                      if os.path.splitext(f)[1].lower() in IMAGE_SUFFIXES]
         names += [os.path.relpath(f, root) for f in sorted(files)]
         labels += [label] * (len(names) - len(labels))
     # Bytes, not a list of str: workers share one array, and copies of a list would grow with every epoch.
     return {"classes": np.array(classes, str), "names": np.array([os.fsencode(n) for n in names], bytes),
-            "labels": np.array(labels, np.int64), "folders": np.array([os.fsencode(f) for f in folders], bytes),
+            "labels": np.array(labels, np.int64),
+            "folders": np.array([os.fsencode(f) for f in folders], bytes),
             "times": np.array(list(folders.values()), np.int64)}
 
 
 def index_tree(root):
-    """walk_tree, but from the cache ($XDG_CACHE_HOME/svg) while no folder of the tree has changed: a file that was
-    added, removed or renamed changes its folder's time.
+    """walk_tree, but from the cache ($XDG_CACHE_HOME/svg) while no folder of the tree has changed: a file
+    that was added, removed or renamed changes its folder's time.
     """
     root = os.path.realpath(root)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "svg"
@@ -1265,8 +1275,8 @@ class Packed(torch.utils.data.Dataset):
         except (OSError, ValueError, EOFError) as e:
             raise UserError(f"--data {root}: not a whole packed set ({brief(e)}); pack it again") from e
         if not fits or self.images.dtype != np.uint8:
-            raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} with "
-                            f"{len(self.labels)} labels, not uint8 [N, size, size, 3]; pack it again")
+            raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} "
+                            f"with {len(self.labels)} labels, not uint8 [N, size, size, 3]; pack it again")
         if size and self.images.shape[1] != size:
             raise UserError(f"--data {root}: packed at {self.images.shape[1]} pixels, needed at {size}: "
                             f"pack it again with --size {size}")
@@ -1292,8 +1302,8 @@ def open_data(root, size, random_crop=False, seed=0):
 
 
 def pack(src, dst, size, workers=0):
-    """Decode and centre-crop the ImageFolder tree `src` once, into `dst`: images.npy (uint8 [N, size, size, 3]),
-    labels.npy, classes.json; returns the number of images and the names of the corrupt ones, which are left out.
+    """Decode and centre-crop an ImageFolder tree `src` once, to `dst`: images.npy (uint8 [N, size, size, 3]),
+    labels.npy, classes.json; returns the number of images and the names of the corrupt ones, left out.
 
     A stopped run goes on where it was; `dst` appears when it is whole.
     """
@@ -1340,8 +1350,8 @@ def pack(src, dst, size, workers=0):
 
 
 def shield(_):
-    """Keep a loading process alive while its run finishes a step and saves: torchrun and clusters send their signals to
-    every process. A second SIGTERM, as from the run itself, ends it.
+    """Keep a loading process alive while its run finishes a step and saves: torchrun and clusters send their
+    signals to every process. A second SIGTERM, as from the run itself, ends it.
     """
     os.setsid()
     for number in STOP_SIGNALS:
@@ -1378,9 +1388,10 @@ class Stream:
 
 
 def identity(dataset):
-    """What must not change about a dataset when a run goes on: a hash of its labels and classes, and how it crops."""
+    """What must not change about a dataset when a run goes on: a hash of labels and classes, how it crops."""
     labels = np.asarray(dataset.labels, np.int64).tobytes()
-    return {"images": len(dataset), "labels": hashlib.sha256(labels + json.dumps(dataset.classes).encode()).hexdigest(),
+    return {"images": len(dataset),
+            "labels": hashlib.sha256(labels + json.dumps(dataset.classes).encode()).hexdigest(),
             "crops": "random" if getattr(dataset, "random_crop", False) else "centre"}
 
 
@@ -1428,15 +1439,15 @@ def barrier():
 def join(backend):
     """Join torchrun's process group, also when torchrun has restarted this process.
 
-    torchrun keeps one store through all restarts, in which a new process would find the addresses of dead ones
-    (https://github.com/pytorch/pytorch/issues/135712), so every restart gets keys of its own; but nodes count restarts
-    each for itself.
+    torchrun keeps one store through all restarts, in which a new process would find the addresses of dead
+    ones (https://github.com/pytorch/pytorch/issues/135712), so every restart gets keys of its own; but nodes
+    count restarts each for itself.
     """
     env, store = os.environ, None
     if env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"] \
             and env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
-        raise UserError("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or its "
-                        "restarts fail (https://github.com/pytorch/pytorch/issues/135712)")
+        raise UserError("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
+                        "torchrun, or its restarts fail (https://github.com/pytorch/pytorch/issues/135712)")
     if env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -1465,8 +1476,8 @@ def autocast(device, precision):
 
 
 def data_parallel(model):
-    """DistributedDataParallel that leaves buffers alone: every rank computes the same ones, and a frozen encoder is
-    all buffers.
+    """DistributedDataParallel that leaves buffers alone: every rank computes the same ones, and a frozen
+    encoder is all buffers.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer torch renames the flag and gives it another meaning
@@ -1474,8 +1485,8 @@ def data_parallel(model):
 
 
 def compile_blocks(*models):
-    """torch.compile every transformer block: one graph for all equal blocks, and DDP can send the gradients of the
-    last ones while the first are being computed.
+    """torch.compile every transformer block: one graph for all equal blocks, and DDP can send the gradients
+    of the last ones while the first are being computed.
     """
     torch._dynamo.config.recompile_limit = 64  # a ViT and the other, training and eval, last batches
     torch._dynamo.config.optimize_ddp = False  # blocks are smaller than its buckets already
@@ -1526,15 +1537,18 @@ def add_training_flags(parser, batch, lr, steps):
     add("--steps", type=positive, default=steps, help="training steps in all")
     add("--seed", type=not_negative, default=0, help="of weights, order, crops and noise")
     add_speed_flags(parser)
-    add("--accumulate", type=positive, default=1, help="parts in which a process computes its batch, for less memory")
-    add("--recompute", action="store_true", help="recompute activations in the backward pass: less memory, slower")
+    add("--accumulate", type=positive, default=1,
+        help="parts in which a process computes its batch, for less memory")
+    add("--recompute", action="store_true",
+        help="recompute activations in the backward pass: less memory, slower")
     add("--clip", type=number(), default=0.0, help="largest gradient norm; 0: no clipping")
     add("--workers", type=not_negative, default=8, help="data loading processes per training process")
     add("--log-every", type=positive, default=100, help="steps between progress lines")
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--preview-every", type=positive, default=5000, help="steps between preview grids")
     add("--keep", type=positive, default=2, help="how many of the newest numbered checkpoints stay")
-    add("--milestone-every", type=positive, default=50_000, help="steps between checkpoints that stay for good")
+    add("--milestone-every", type=positive, default=50_000,
+        help="steps between checkpoints that stay for good")
 
 
 def add_speed_flags(parser):
@@ -1547,8 +1561,8 @@ def add_speed_flags(parser):
 
 
 def refuse_idle(idle, needs=None):
-    """UserError for a given flag that would do nothing: beside another (idle: {"--flag": "--none --of --these"}) or
-    without others (needs: {"--flag": "--one --of --these"}).
+    """UserError for a given flag that does nothing: beside another (idle: {"--flag": "--none --of --these"})
+    or without others (needs: {"--flag": "--one --of --these"}).
     """
     given = {a.split("=")[0] for a in sys.argv[1:]}
     for flag in sorted(given):
@@ -1585,8 +1599,8 @@ def micro_batches(count, models, *tensors):
 
 
 def optimizer_step(*optimizers, clip=0.0):
-    """Clip each optimiser's gradients and step; leave everything as it is where any is not finite. Returns the first
-    one's gradient norm and whether the step was skipped, on the device: nothing waits for it.
+    """Clip each optimiser's gradients and step; leave everything as it is where any is not finite. Returns
+    the first one's gradient norm and whether the step was skipped, on the device: nothing waits for it.
     """
     norms = []
     for optimizer in optimizers:
@@ -1617,10 +1631,11 @@ def synthetic_images(n, size, device):
 def bench(args, device, make, batch, **about):
     """Time args.bench steps on synthetic data after a warm-up: a line to read, and one of JSON.
 
-    make(n) -> a function that runs one step on n images; batch: images per step over all processes. FLOPs are those
-    that PyTorch counts as executed for one image, times the batch.
+    make(n) -> a function that runs one step on n images; batch: images per step over all processes. FLOPs are
+    those that PyTorch counts as executed for one image, times the batch.
     """
-    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as count:
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), \
+            FlopCounterMode(display=False) as count:
         make(1)()
     share = batch // world_size()
     step, marks, cuda = make(share), [], device.type == "cuda"
@@ -1642,18 +1657,22 @@ def bench(args, device, make, batch, **about):
         memory, name = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
     else:
         seconds = float(np.median(np.diff(marks)))
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+            1 if sys.platform == "darwin" else 1024)
         name = f"{device.type}, {torch.get_num_threads()} threads"
     tflops = count.get_total_flops() * share / seconds / 1e12
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
-    share = tflops / peak / {"bf16": 1, "tf32": 0.5}[args.precision] if peak and args.precision != "fp32" else None
+    share = (tflops / peak / {"bf16": 1, "tf32": 0.5}[args.precision]
+             if peak and args.precision != "fp32" else None)
     result = {**about, "batch": batch, "precision": args.precision, "compile": args.compile,
               "processes": world_size(), "device": name, "torch": torch.__version__, "steps": args.bench,
               "step_seconds": round(seconds, 5), "images_per_second": round(batch / seconds, 2),
-              "tflops": round(tflops, 3), "peak_share": share and round(share, 3), "peak_gib": round(memory / 2**30, 2)}
+              "tflops": round(tflops, 3), "peak_share": share and round(share, 3),
+              "peak_gib": round(memory / 2**30, 2)}
     if rank() == 0:
-        print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {batch} images (median of "
-              f"{args.bench}), {batch / seconds:.3g} images/s, {tflops:.2f} TFLOP/s a process, all its models included"
+        print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {batch} images "
+              f"(median of {args.bench}), {batch / seconds:.3g} images/s, {tflops:.2f} TFLOP/s a process, "
+              f"all its models included"
               + (f" ({share:.0%} of {name}'s peak)" if share else "") + f", {memory / 2**30:.2f} GiB")
         print(json.dumps(result))
 
@@ -1690,7 +1709,7 @@ def run_main(main):
     try:
         main()
         if dist.is_initialized():
-            gc.collect()  # the last holders of the process group, or gloo's threads would outlive the interpreter
+            gc.collect()  # the process group's last holders, or gloo's threads would outlive the interpreter
             dist.destroy_process_group()  # not after an error: it could wait for ranks that wait for this one
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -1698,7 +1717,8 @@ def run_main(main):
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
             raise
-        print(f"error: {e.filename or 'a file'}: {e.strerror}; make room, or give another place", file=sys.stderr)
+        print(f"error: {e.filename or 'a file'}: {e.strerror}; make room, or give another place",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -1708,8 +1728,8 @@ def run_main(main):
 
 # What may change when a run goes on: its length, its output, its speed, and where files lie that fingerprints
 # vouch for.
-FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "keep", "milestone_every", "name",
-              "weights", "data", "ae", "encoder", "compile", "recompute"}
+FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "keep", "milestone_every",
+              "name", "weights", "data", "ae", "encoder", "compile", "recompute"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what clusters, people and SLURM send
 STREAK = 20  # steps in a row without a finite gradient after which training gives up
 
@@ -1747,8 +1767,8 @@ class Run:
             differ = [f"{'--' * (k not in extra)}{k.replace('_', '-')} {config[k]} (was {before.get(k)})"
                       for k in config if k not in FREE_FLAGS and config[k] != before.get(k)]
             if differ:
-                raise UserError(f"{self.path} holds a different run: {'; '.join(differ)}; give the same flags to "
-                                f"go on with it, or another --name")
+                raise UserError(f"{self.path} holds a different run: {'; '.join(differ)}; give the same "
+                                f"flags to go on with it, or another --name")
         elif self.path.exists() and any(self.path.iterdir()) and not (old.exists() or self.last.exists()):
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
         barrier()
@@ -1768,9 +1788,11 @@ class Run:
             kind, parent = {"ae": ("autoencoder", "encoder_file"), "dit": ("sit", "autoencoder")}[self.stage]
             need(checkpoint, ("kind", "step", "model", "opt"), self.last)
             if checkpoint["kind"] != kind or checkpoint[parent]["fingerprint"] != self.extra["trained_on"]:
-                raise UserError(f"{self.last} is not of this stage, or was trained on another {parent.split('_')[0]}")
+                raise UserError(f"{self.last} is not of this stage, or was trained on another "
+                                f"{parent.split('_')[0]}")
         step = checkpoint["step"] if checkpoint else 0
-        if all_reduce(torch.tensor([step, step ** 2])).tolist() != [world_size() * step, world_size() * step ** 2]:
+        if all_reduce(torch.tensor([step, step ** 2])).tolist() != [
+                world_size() * step, world_size() * step ** 2]:
             raise UserError(f"{self.last} is not the same for every process: runs/ must lie on a shared disk")
         log = self.path / "log.jsonl"
         if rank() == 0 and log.exists():
@@ -1803,8 +1825,8 @@ class Run:
             warnings.warn(f"{dataset.name(i)}: not a readable image, skipped ({len(self.bad)} so far)")
 
     def record(self, step, values, grad_norm, skipped):
-        """Add a step's values (scalars on the device, which is not waited for); every --log-every steps a progress
-        line and a line of log.jsonl with their means over the steps that were not skipped.
+        """Add a step's values (scalars on the device, which is not waited for); every --log-every steps a
+        progress line and a line of log.jsonl with their means over the steps that were not skipped.
 
         Raises UserError when STREAK steps in a row had no finite gradient.
         """
@@ -1816,22 +1838,25 @@ class Run:
         *means, skipped = (all_reduce(self.sums.cpu()) / world_size()).tolist()
         corrupt = int(all_reduce(torch.tensor(len(self.bad))))
         seconds, count = time.time() - self.since, self.count - round(skipped)
-        entry = {k: v / count if count else math.nan for k, v in zip([*values, "grad_norm"], means, strict=True)}
+        entry = {k: v / count if count else math.nan
+                 for k, v in zip([*values, "grad_norm"], means, strict=True)}
         rate = self.count * self.args.batch / seconds
         if rank() == 0:
             text = "  ".join(f"{k} {v:.4g}" for k, v in entry.items())
             print(f"step {step}/{self.args.steps}  {text}  " + f"{round(skipped)} skipped  " * bool(skipped)
-                  + f"{rate:.1f} images/s  {duration((self.args.steps - step) * self.args.batch / rate)} left", flush=True)
-            entry = {"step": step, **{k: v for k, v in entry.items() if math.isfinite(v)}, "skipped": round(skipped),
-                     "images_per_second": round(rate, 2), "seconds": round(time.time() - self.start, 1),
-                     "corrupt": corrupt}
+                  + f"{rate:.1f} images/s  "
+                    f"{duration((self.args.steps - step) * self.args.batch / rate)} left", flush=True)
+            entry = {"step": step, **{k: v for k, v in entry.items() if math.isfinite(v)},
+                     "skipped": round(skipped), "images_per_second": round(rate, 2),
+                     "seconds": round(time.time() - self.start, 1), "corrupt": corrupt}
             with open(self.path / "log.jsonl", "a") as f:
                 f.write(json.dumps(entry) + "\n")
         if self.streak >= STREAK:
-            good = f"the last good checkpoint is {self.last}" if self.last.exists() else "no checkpoint was saved yet"
-            raise UserError(f"no finite gradient for {int(self.streak)} steps, up to step {step}: stopped; {good}; to go "
-                            f"on with other flags (--clip 1, a lower --lr, --precision fp32) copy it into a new run: "
-                            f"runs/NAME/last.pt, --name NAME")
+            good = (f"the last good checkpoint is {self.last}" if self.last.exists()
+                    else "no checkpoint was saved yet")
+            raise UserError(f"no finite gradient for {int(self.streak)} steps, up to step {step}: stopped; "
+                            f"{good}; to go on with other flags (--clip 1, a lower --lr, --precision fp32) "
+                            f"copy it into a new run: runs/NAME/last.pt, --name NAME")
         self.sums, self.count, self.since = 0, 0, time.time()
 
     def picture(self, step, image):
@@ -1840,7 +1865,7 @@ class Run:
             image.save(self.path / f"preview-{step:07d}.png")
 
     def save(self, checkpoint):
-        """Write last.pt, a numbered hard link to it and the loss curve, from rank 0; drop old numbered ones."""
+        """Write last.pt, a numbered hard link to it and the loss curve, by rank 0; drop old numbered ones."""
         if rank() == 0:
             save_checkpoint(self.last, checkpoint)
             numbered = self.path / f"{checkpoint['step']:07d}.pt"
@@ -1858,7 +1883,8 @@ class Run:
     def end(self, step):
         """Say how it ended, and how to go on."""
         name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
-        self.say(f"done: {self.last}" if step >= self.args.steps else f"{name}: stopped after step {step}; the same command "
+        self.say(f"done: {self.last}" if step >= self.args.steps
+                 else f"{name}: stopped after step {step}; the same command "
                  + (f"goes on from {self.last}" if self.last.exists() else "starts again"))
 
 

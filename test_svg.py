@@ -169,7 +169,8 @@ def ok(command, *more):
 def start(command, *more, processes=1, torchrun=(), **settings):
     """The same through the shell's door: a process of a fresh interpreter, or torchrun."""
     script, *flags = *command.split(), *map(str, more)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun, "--"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun,
+                "--"]
     command = [sys.executable, *launcher * (processes > 1), str(ROOT / f"{script}.py"), *flags]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **settings)
@@ -372,7 +373,8 @@ class Golden(Case):
         torch.manual_seed(0)
         lpips, disc = train_ae.LPIPS(None).double(), train_ae.PatchDiscriminator().double()
         last_layer = torch.nn.Conv2d(8, 3, 3, padding=1).double()
-        x, h = image(1, (2, 3, 64, 64)).double(), torch.randn(2, 8, 64, 64, dtype=torch.float64, requires_grad=True)
+        x, h = (image(1, (2, 3, 64, 64)).double(),
+                torch.randn(2, 8, 64, 64, dtype=torch.float64, requires_grad=True))
         y = last_layer(h)
         nll, *_ = train_ae.reconstruction_loss(x, y, lpips, 1.0)
         g_loss = -disc(y).mean()
@@ -504,7 +506,8 @@ class Metrics(Case):
 
     def test_kernel_distance(self):
         a, b, _ = gaussians()
-        kernel = {(x, y): [(p @ q / 64 + 1) ** 3 for i, p in enumerate(s) for j, q in enumerate(t) if s is not t or i != j]
+        kernel = {(x, y): [(p @ q / 64 + 1) ** 3 for i, p in enumerate(s) for j, q in enumerate(t)
+                           if s is not t or i != j]
                   for (x, s), (y, t) in itertools.product((("a", a[:30]), ("b", b[:40])), repeat=2)}
         brute = np.mean(kernel["a", "a"]) + np.mean(kernel["b", "b"]) - 2 * np.mean(kernel["a", "b"])
         for block in (4096, 7):
@@ -515,7 +518,8 @@ class Metrics(Case):
 
     def test_psnr_and_ssim(self):
         a = ((image(51, (2, 3, 256, 256)) + 1) / 2 * 255).round()
-        b = (a + torch.from_numpy(np.round(12 * np.random.RandomState(52).standard_normal(a.shape)))).clip(0, 255)
+        b = (a + torch.from_numpy(
+            np.round(12 * np.random.RandomState(52).standard_normal(a.shape)))).clip(0, 255)
         a, b = (x.byte().permute(0, 2, 3, 1) for x in (a, b))
         self.agree("psnr/uint8", fid.psnr(a, b), 1e-6, 1e-6)
         self.agree("ssim/gaussian11_sigma1.5_rgbmean", fid.ssim(a, b), 1e-6, 1e-6)
@@ -529,8 +533,8 @@ class Metrics(Case):
         os.makedirs("w")
         torch.save(weights("fid_inception"), f"w/{fid.INCEPTION}")
         found = self.number("a --ref b --weights w --workers 0 --save-stats a.npz")
-        self.assertRegex(found["out"], r"FID \d.*sFID \d.*IS \d.*precision.*recall.*KID.*10 images of a against 6 "
-                                       rf"images of b, adm protocol, {fid.INCEPTION}")
+        self.assertRegex(found["out"], r"FID \d.*sFID \d.*IS \d.*precision.*recall.*KID.*10 "
+                                       rf"images of a against 6 images of b, adm protocol, {fid.INCEPTION}")
         self.assertRegex(found["err"], "biased upward, here by about")
         self.assertEqual((found["num"], found["reference_num"], found["not_measured"]), (10, 6, {}))
         with np.load("a.npz") as f:  # what pytorch-fid and ADM's evaluator read
@@ -575,7 +579,8 @@ class Metrics(Case):
         self.assertAlmostEqual(both["FD-demo-encoder"] / found["FD-demo-encoder"], 1, places=5)
         np.savez("six.npz", arr_0=pictures("b")[:6])
         six = self.number("a --ref six.npz --demo")
-        self.assertEqual([both[k] for k in ("precision", "recall", "KID")], [six[k] for k in ("precision", "recall", "KID")])
+        self.assertEqual([both[k] for k in ("precision", "recall", "KID")],
+                         [six[k] for k in ("precision", "recall", "KID")])
         named = self.number(f"a --ref b --features {demo.ENCODER}")
         self.assertRegex(named["out"], r"FD-demo \d.*CLS token of demo.pt")
 
@@ -596,14 +601,16 @@ class Metrics(Case):
             array = np.asarray(Image.open(file)).astype(int)
             target = Path(file.replace("val", "recon", 1)).with_suffix(".bmp")
             target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray((array + rng.integers(-9, 10, array.shape)).clip(0, 255).astype(np.uint8)).save(target)
-            Image.open(file).resize((64, 64), Image.Resampling.BOX).save(file)  # cropped to the samples' size again
+            Image.fromarray(
+                (array + rng.integers(-9, 10, array.shape)).clip(0, 255).astype(np.uint8)).save(target)
+            Image.open(file).resize((64, 64), Image.Resampling.BOX).save(file)  # cropped to the samples' size
         found = self.number("recon --ref val --paired --demo --batch 3 --workers 0")
         self.assertEqual(found["not_measured"], {"LPIPS": "--demo downloads nothing"})
         sides = [torch.from_numpy(np.stack([svg.crop(svg.open_rgb(f), 32) for f in svg.list_images(folder)]))
                  for folder in ("recon", "val")]
         for key, values in (("PSNR", fid.psnr(*sides)), ("SSIM", fid.ssim(*sides))):
-            self.close((found[key], found[key + "_std"]), (values.mean().item(), values.std(correction=0).item()))
+            self.close((found[key], found[key + "_std"]),
+                       (values.mean().item(), values.std(correction=0).item()))
         plain = self.number("recon --ref val --size 32 --demo")
         self.assertAlmostEqual(found["rFD-demo-encoder"], plain["FD-demo-encoder"], places=6)
         shell("fid recon --ref val --paired --demo --batch 3 --workers 0 --json out.json", processes=2)
@@ -632,12 +639,14 @@ class Metrics(Case):
         Path("cut.npz").write_bytes(Path("eight.npz").read_bytes()[:300])
         Path("text.npz").write_text("not an archive")
         for command, words in (
-                ("one", ["one", "at least 2"]), ("good --num 5", ["good", "--num 5"]), ("nowhere", ["nowhere"]),
-                ("mixed --workers 0", ["mixed/1.png", "40x36", "--size"]), ("half.npz", ["half.npz", "neither"]),
-                ("nan.npz", ["nan.npz", "not finite"]), ("float.npz", ["float.npz", "uint8"]),
-                ("cut.npz", ["cut.npz"]), ("text.npz", ["text.npz"]), ("eight.npz --num 3", ["eight.npz", "--num 3"]),
-                ("good --ref nowhere.npz", ["nowhere.npz"]), ("good --json no/x.json", ["--json no/x.json"]),
-                ("good --save-stats no/x.npz", ["--save-stats no/x.npz"]), ("good --protocol tf", ["--protocol"]),
+                ("one", ["one", "at least 2"]), ("good --num 5", ["good", "--num 5"]),
+                ("nowhere", ["nowhere"]), ("mixed --workers 0", ["mixed/1.png", "40x36", "--size"]),
+                ("half.npz", ["half.npz", "neither"]), ("nan.npz", ["nan.npz", "not finite"]),
+                ("float.npz", ["float.npz", "uint8"]), ("cut.npz", ["cut.npz"]), ("text.npz", ["text.npz"]),
+                ("eight.npz --num 3", ["eight.npz", "--num 3"]), ("good --ref nowhere.npz", ["nowhere.npz"]),
+                ("good --json no/x.json", ["--json no/x.json"]),
+                ("good --save-stats no/x.npz", ["--save-stats no/x.npz"]),
+                ("good --protocol tf", ["--protocol"]),
                 ("eight.npz --ref good --paired", ["--paired", "statistics"])):
             self.refused(f"fid {command} --demo" + " --ref good" * ("--ref" not in command), *words)
         code, _, err = run("fid good --ref eight.npz --demo --workers 0")
@@ -658,8 +667,9 @@ class OtherEncoders(Case):
     """MAE and SigLIP2 from files of their published layouts, and the ablations of table 4."""
 
     def train(self, file, *flags):
-        ok(f"train_ae --demo --image-size 32 --grid 2 --decoder-mult 1,1,1,1,1 --batch 2 --stats-images 4 --steps 2 "
-           f"--log-every 1 --residual-dim 32 --residual-depth 1 --name new --encoder {self.folder / file}", *flags)
+        ok(f"train_ae --demo --image-size 32 --grid 2 --decoder-mult 1,1,1,1,1 --batch 2 --stats-images 4 "
+           f"--steps 2 --log-every 1 --residual-dim 32 --residual-depth 1 --name new "
+           f"--encoder {self.folder / file}", *flags)
         ae = svg.load_autoencoder("runs/new/last.pt")
         self.assertEqual(ae(demo_images(2)).shape, (2, 3, 32, 32))
         return ae
@@ -678,7 +688,8 @@ class OtherEncoders(Case):
         tower = weights("siglip2_vitb16_256")
         self.assertEqual(len([k for k in tower if k.startswith("head.")]), 11)  # the pooling head, left out
         both = {f"vision_model.{k}": v for k, v in tower.items()}
-        both |= {f"text_model.{k}": torch.ones(3) for k in tower} | {f"logit_{k}": torch.ones(1) for k in ("scale", "bias")}
+        both |= ({f"text_model.{k}": torch.ones(3) for k in tower}
+                 | {f"logit_{k}": torch.ones(1) for k in ("scale", "bias")})
         write_safetensors("model.safetensors", both)
         x = image(3, (1, 3, 256, 256))
         encoder = svg.load_encoder("model.safetensors")
@@ -694,10 +705,11 @@ class OtherEncoders(Case):
     def test_a_tower_that_is_none_of_ours_is_refused(self):
         tower = weights("siglip2_vitb16_256")
         key = "embeddings.position_embedding.weight"
-        for change, words in (({key: tower[key][:196]}, r"pos_embed \[1, 196, 768\] instead of \[1, 256, 768\]"),
-                              ({"extra": torch.zeros(1)}, "unexpected extra"),
-                              ({"embeddings.patch_embedding.weight": torch.zeros(768, 3, 8, 8)},
-                               "patch 8, 0 registers, depth 12, no CLS token is none of .*siglip2_vitb16_256")):
+        for change, words in (
+                ({key: tower[key][:196]}, r"pos_embed \[1, 196, 768\] instead of \[1, 256, 768\]"),
+                ({"extra": torch.zeros(1)}, "unexpected extra"),
+                ({"embeddings.patch_embedding.weight": torch.zeros(768, 3, 8, 8)},
+                 "patch 8, 0 registers, depth 12, no CLS token is none of .*siglip2_vitb16_256")):
             with self.assertRaisesRegex(svg.UserError, f"tower.safetensors: .*{words}"):
                 svg.encoder_from_weights({**tower, **change}, "tower.safetensors")
 
@@ -897,7 +909,7 @@ class Editing(Case):
                 self.assertLess(change[20:, 20:].mean(), 0.03)  # not 0: the decoder looks beyond the mask
 
     def test_mask_follows_the_box_through_the_crop(self):
-        weights = sample.edit_mask((600, 400), (100, 0, 300, 200), 256, 16).view(16, 16)  # the square's top left
+        weights = sample.edit_mask((600, 400), (100, 0, 300, 200), 256, 16).view(16, 16)  # square's top left
         self.assertTrue(torch.equal(weights > 0, torch.nn.functional.pad(torch.ones(8, 8), (0, 8, 0, 8)) > 0))
         self.assertGreater(weights.max(), 0.98)  # in the middle
         self.assertTrue(torch.equal(weights[:8, :8], weights[:8, :8].flip(0, 1)))
@@ -916,7 +928,8 @@ class Editing(Case):
         for kind in ("slerp", "lerp"):
             self.assertTrue(os.path.exists(f"interpolation-{kind}.png"))
         a, b = svg.sample_noise(0, range(2), (16, 72))
-        slerp, lerp = (sample.interpolate_noise(a, b, torch.tensor([0.5]), kind) for kind in ("slerp", "lerp"))
+        slerp, lerp = (sample.interpolate_noise(a, b, torch.tensor([0.5]), kind)
+                       for kind in ("slerp", "lerp"))
         self.assertAlmostEqual((slerp.norm() / a.norm()).item(), 1, delta=0.05)
         self.assertAlmostEqual((lerp.norm() / a.norm()).item(), 0.5 ** 0.5, delta=0.05)
 
@@ -1036,7 +1049,8 @@ DIT_DATA = "train_dit --batch 4 --ae runs/demo-ae/last.pt"
 def write_pictures(folder, count, first=0):
     Path(folder).mkdir(parents=True)
     for i in range(count):
-        Image.fromarray(demo.draw((first + i) % 10, np.random.default_rng(first + i))[0]).save(f"{folder}/{i}.png")
+        Image.fromarray(
+            demo.draw((first + i) % 10, np.random.default_rng(first + i))[0]).save(f"{folder}/{i}.png")
 
 
 class Commands(Case):
@@ -1107,7 +1121,7 @@ class Commands(Case):
 
 
 class Training(Case):
-    """What a run of a week leans on: the same numbers however it is cut up, and no fault that costs more than a save."""
+    """What a run of a week leans on: equal numbers however it is cut up; no fault costs more than a save."""
 
     def train(self, name, *flags, steps=4, ae=False):
         """A short run of a stage; its last checkpoint."""
@@ -1126,7 +1140,8 @@ class Training(Case):
         for a, b in zip(read_log("whole"), read_log("parts"), strict=True):
             self.assertAlmostEqual(a["loss"], b["loss"], delta=1e-5)
             self.assertAlmostEqual(a["grad_norm"], b["grad_norm"], delta=1e-4)
-        self.assert_same_weights(self.train("ae", ae=True), self.train("ae-recomputed", "--recompute", ae=True))
+        self.assert_same_weights(self.train("ae", ae=True),
+                                 self.train("ae-recomputed", "--recompute", ae=True))
 
     def test_two_processes_train_the_same_autoencoder(self):
         command = MINI_AE + " --gan 0.5 --disc-start 1 --residual-dropout 0 --lr 0.000001 --steps 4 --name"
@@ -1138,8 +1153,8 @@ class Training(Case):
         np.testing.assert_allclose(two, one, rtol=1e-5)
         self.assertGreater(np.abs(np.array(parts) - one).max(), 1e-3)
         one, two = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("one", "two"))
-        # As vectors: Adam steps by the rounding noise where a gradient is 0, as of a key's bias; and with the noise some
-        # pixel's |x - y| changes sign. Adam's first moments are the gradients: without a sync they differ by 1.
+        # As vectors: Adam steps by rounding noise where a gradient is 0, as of a key's bias; with the noise
+        # a pixel's |x - y| changes sign. Adam's first moments are the gradients: unsynced they differ by 1.
         for key, tolerance in (("model", 1e-5), ("disc", 1e-5), ("opt", 0.02), ("opt_disc", 0.02)):
             parts = zip(*([v["exp_avg"] if "opt" in key else v for v in c[key].get("state", c[key]).values()]
                           for c in (one, two)), strict=True)
@@ -1173,8 +1188,8 @@ class Training(Case):
             self.train("bad", "--log-every", 2)
             self.assertEqual([(e["step"], e["skipped"]) for e in read_log("bad")], [(2, 1), (4, 1)])
             self.assertTrue(all(math.isfinite(e["loss"]) for e in read_log("bad")))
-            code, _, err = run(f"{MINI_DIT} --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --name bad --steps 99 "
-                               "--log-every 2")
+            code, _, err = run(f"{MINI_DIT} --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --name bad "
+                               "--steps 99 --log-every 2")
         self.assertEqual((code, err.count("\n")), (2, 1))
         self.assertRegex(err, rf"no finite gradient for {svg.STREAK} steps.*runs/bad/last\.pt")
         self.assertEqual(svg.load_checkpoint("runs/bad/last.pt")["step"], 4)
@@ -1221,12 +1236,13 @@ class Training(Case):
                 os.killpg(process.pid, signal.SIGTERM)  # its loading processes too
         _, err = process.communicate()
         self.assertEqual((process.returncode, err), (0, ""))
-        self.assertRegex(line, r"SIGTERM: stopped after step \d+; the same command goes on from runs/demo-dit/last.pt")
+        self.assertRegex(line, r"SIGTERM: stopped after step \d+; "
+                               r"the same command goes on from runs/demo-dit/last.pt")
 
     def test_two_processes_stop_together_and_a_dead_one_is_restarted_where_the_run_was(self):
         command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 6 --save-every 2 --name"
         shell(command, "whole", processes=2)
-        # One rank gets a signal in step 2; once gone on, the other one dies in step 5 and torchrun starts both again.
+        # One rank gets a signal in step 2; once gone on, the other dies in step 5 and torchrun restarts both.
         Path("faulty.py").write_text("""
 import os, signal, sys, torch, train_dit, svg
 real = svg.seed_step
@@ -1289,8 +1305,9 @@ svg.run_main(train_dit.main)
     def test_full_disk_is_one_line_and_the_checkpoint_before_it_stays(self):
         before = self.train("full", steps=2)
         size = os.path.getsize("runs/full/last.pt")
-        process = start(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --name full --steps 3",
-                        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+        process = start(
+            MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --name full --steps 3",
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
         _, err = process.communicate(timeout=120)
         self.assertEqual((process.returncode, err.count("\n")), (2, 1), err)
         self.assertRegex(err, r"runs/full/last\.pt: not written .*the previous one is intact")
@@ -1306,7 +1323,7 @@ svg.run_main(train_dit.main)
         flags = "--demo --bench 2 --batch"
         for command in (f"train_ae {flags} 4 --gan 0.5 --accumulate 2", f"train_dit {flags} 4 --recompute",
                         f"sample {flags}-size 4 --steps 2", "fid --bench 1 --batch 1",
-                        "train_dit --model 1,32,2 --batch 2 --bench 1"):  # on the paper's autoencoder, not trained
+                        "train_dit --model 1,32,2 --batch 2 --bench 1"):  # on the paper's autoencoder, fresh
             with self.subTest(command):
                 result = json.loads(ok(command).splitlines()[-1])
                 self.assertEqual(result["script"], command.split()[0])
@@ -1317,12 +1334,13 @@ svg.run_main(train_dit.main)
         args = mock.Mock(bench=1, precision="fp32", compile=False)
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            svg.bench(args, torch.device("cpu"), lambda n: lambda: (
-                block(torch.zeros(n, 16, 8), torch.zeros(n), torch.zeros(n, dtype=torch.long))), 3, what="block")
+            svg.bench(args, torch.device("cpu"), lambda n: lambda: block(
+                torch.zeros(n, 16, 8), torch.zeros(n), torch.zeros(n, dtype=torch.long)), 3, what="block")
         result = json.loads(out.getvalue().splitlines()[-1])
         per_token = 8 * 64 + 12 * 64 * 64 + 2 * 16 * 64 + 64 * 8  # embedding, block, attention, head
         per_image = (256 + 64) * 64 + (6 + 2) * 64 * 64  # timestep embedding, adaLN
-        self.assertAlmostEqual(result["tflops"] * result["step_seconds"], 3 * 2 * (16 * per_token + per_image) / 1e12,
+        self.assertAlmostEqual(result["tflops"] * result["step_seconds"],
+                               3 * 2 * (16 * per_token + per_image) / 1e12,
                                delta=0.001 * result["step_seconds"])
 
 
@@ -1381,10 +1399,11 @@ class PackedData(Case):
     def test_a_damaged_or_wrong_packed_set_is_refused(self):
         self.tree(3)
         ok("svg pack tree packed --size 32 --workers 0")
-        for command, words in (("svg pack tree packed", "packed is already there"),
-                               ("svg pack nowhere new", "nowhere: no such folder"),
-                               (f"{REAL_DATA.replace('--image-size 32 --grid 4', '--image-size 64 --grid 8')}",
-                                "packed at 32 pixels, needed at 64")):
+        for command, words in (
+                ("svg pack tree packed", "packed is already there"),
+                ("svg pack nowhere new", "nowhere: no such folder"),
+                (f"{REAL_DATA.replace('--image-size 32 --grid 4', '--image-size 64 --grid 8')}",
+                 "packed at 32 pixels, needed at 64")):
             command = command if command.startswith("svg") else f"train_ae {command} --data packed"
             code, _, err = run(command)
             self.assertEqual((code, err.count("\n")), (2, 1), err)
@@ -1409,8 +1428,9 @@ class PackedData(Case):
                      (first.names.tolist(), again.names.tolist())):
             self.assertEqual(a, b)
         self.assertEqual(sorted(os.listdir("tree")), ["a", "b"])  # nothing is written there
-        for change in (lambda: shutil.copy("tree/a/0.jpg", "tree/b/deeper/new.jpg"), lambda: os.remove("tree/a/2.jpg"),
-                       lambda: shutil.copytree("tree/a", "tree/c"), lambda: os.rename("tree/b/0.jpg", "tree/b/z.jpg")):
+        for change in (lambda: shutil.copy("tree/a/0.jpg", "tree/b/deeper/new.jpg"),
+                       lambda: os.remove("tree/a/2.jpg"), lambda: shutil.copytree("tree/a", "tree/c"),
+                       lambda: os.rename("tree/b/0.jpg", "tree/b/z.jpg")):
             change()
             names = svg.ImageFolder("tree", 32).names
             self.assertEqual([os.fsdecode(n) for n in names], [
@@ -1474,7 +1494,8 @@ class BadInput(Case):
                             ("mlp.pth", ["cls_token", "fc.weight"]),
                             ("wrong.pth", ["missing", "unexpected extra", "[7] instead of [384]"])):
             self.refused(f"train_ae --data good --encoder {self.folder}/{file}", file, *words)
-        for file in ("text.pt", "half.pt", "zero.pt", "list.pt", "int.pt", "ema.pt", "mlp.pth", "nowhere.pt", "sit.pt"):
+        for file in ("text.pt", "half.pt", "zero.pt", "list.pt", "int.pt", "ema.pt", "mlp.pth", "nowhere.pt",
+                     "sit.pt"):
             self.refused(f"sample --ckpt {file}", file)
         for file in ("text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt"):
             self.refused(f"train_dit --demo --name new --ae {file}", file)
@@ -1513,20 +1534,22 @@ class BadInput(Case):
                 (MINI_AE + " --residual-dim 145 --name new", ["--residual-dim 145", "48"]),
                 ("sample --dem", ["--dem"])):
             self.refused(command, *words)
-        for command, words in (("sample --edit good/a/0.png", ["--edit", "--box"]),
-                               ("sample --box 1,1,9,9", ["--edit", "--box"]), ("sample --outside", ["--edit"]),
-                               ("sample --interpolate slerp --class 3", ["--interpolate", "--seeds"]),
-                               ("sample --interpolate slerp --seeds 1 2", ["--interpolate", "--class"]),
-                               ("sample --seeds 1 2", ["--seeds", "--interpolate"]),
-                               ("sample --edit x.png --box 9,1,1,9 --class 3", ["--box", "9,1,1,9"]),
-                               ("sample --edit x.png --box 1,1,9,9 --class 3", ["x.png"]),
-                               ("sample --edit text.pt --box 1,1,9,9 --class 3", ["text.pt", "not a readable"]),
-                               ("sample --edit good/a/0.png --box 1,1,9,99 --class 3", ["--box", "32 x 32"]),
-                               ("sample --edit good/a/0.png --box 1,1,3,3 --class 3", ["--box", "token"]),
-                               ("sample --edit good/a/0.png --box 1,1,9,9 --class 10", ["0 to 9"])):
+        for command, words in (
+                ("sample --edit good/a/0.png", ["--edit", "--box"]),
+                ("sample --box 1,1,9,9", ["--edit", "--box"]), ("sample --outside", ["--edit"]),
+                ("sample --interpolate slerp --class 3", ["--interpolate", "--seeds"]),
+                ("sample --interpolate slerp --seeds 1 2", ["--interpolate", "--class"]),
+                ("sample --seeds 1 2", ["--seeds", "--interpolate"]),
+                ("sample --edit x.png --box 9,1,1,9 --class 3", ["--box", "9,1,1,9"]),
+                ("sample --edit x.png --box 1,1,9,9 --class 3", ["x.png"]),
+                ("sample --edit text.pt --box 1,1,9,9 --class 3", ["text.pt", "not a readable"]),
+                ("sample --edit good/a/0.png --box 1,1,9,99 --class 3", ["--box", "32 x 32"]),
+                ("sample --edit good/a/0.png --box 1,1,3,3 --class 3", ["--box", "token"]),
+                ("sample --edit good/a/0.png --box 1,1,9,9 --class 10", ["0 to 9"])):
             self.refused(command, *words)
         for command, flag in (("sample --guidance", "nan"), ("sample --shift", "inf"),
-                              (MINI_AE + " --name new --gan", "-1"), (MINI_AE + " --name new --workers", "-1"),
+                              (MINI_AE + " --name new --gan", "-1"),
+                              (MINI_AE + " --name new --workers", "-1"),
                               (MINI_AE + " --name new --residual-channels", "-1"),
                               (MINI_DIT + " --name new --label-dropout", "2"),
                               (MINI_DIT + " --name new --ema-decay", "5")):
@@ -1536,12 +1559,14 @@ class BadInput(Case):
             self.refused(MINI_DIT + " --name new", "--batch 8", "3 processes")
 
     def test_a_flag_that_would_do_nothing_is_refused(self):
-        walk, change = "--interpolate slerp --class 3 --seeds 1 2", "--edit good/a/0.png --box 1,1,9,9 --class 3"
+        walk, change = ("--interpolate slerp --class 3 --seeds 1 2",
+                        "--edit good/a/0.png --box 1,1,9,9 --class 3")
         for mode in ("--reconstruct good", change, walk, "--bench 1"):
             for flag in ("--num=3", "--labels random", "--npz x.npz"):
                 self.refused(f"sample {mode} {flag}", flag[:5], mode.split()[0], "does nothing")
         for command, *words in (
-                (f"sample {walk} --seed 1", "--seed ", "--interpolate"), ("sample --t-edit 0.2", "--t-edit", "--edit"),
+                (f"sample {walk} --seed 1", "--seed ", "--interpolate"),
+                ("sample --t-edit 0.2", "--t-edit", "--edit"),
                 (f"sample {change} --frames 3", "--frames", "--interpolate"),
                 ("sample --align batch", "--align", "--reconstruct or --edit"),
                 ("sample --reconstruct good --bench 1", "--bench", "--reconstruct"),
@@ -1570,9 +1595,11 @@ class BadInput(Case):
             Path(other).write_text("no picture")
             self.refused(f"{flags} whole", other, "not a readable label")
             shutil.rmtree("whole")
-        self.refused("probe classify --data good --ae runs/demo-ae/last.pt", "--data good/train", "no such folder")
+        self.refused("probe classify --data good --ae runs/demo-ae/last.pt", "--data good/train",
+                     "no such folder")
         self.refused("probe space --data good --ae runs/demo-ae/last.pt", "--data good", "too few")
-        self.refused("probe classify --demo --features residual --encoder " + str(demo.ENCODER), "--features residual")
+        self.refused("probe classify --demo --features residual --encoder " + str(demo.ENCODER),
+                     "--features residual")
         self.refused("probe space --data good", "--ae")  # only demo runs are there
         self.refused("probe guess", "probe.py guess", "classify")
         self.refused("probe toy --data good", "--data")
@@ -1655,7 +1682,8 @@ class Probes(Case):
         means = 20 * torch.eye(3, 8)
         apart = probe.separability(means[y] + torch.randn(300, 8), y, 0)
         self.assertEqual((apart["linear"], apart["1-NN"]), (1, 1))
-        self.assertAlmostEqual(apart["between/within"], (2 / 3) * 20 ** 2 / 8, delta=3)  # |mean - centre|^2 over variance
+        self.assertAlmostEqual(
+            apart["between/within"], (2 / 3) * 20 ** 2 / 8, delta=3)  # |mean - centre|^2 over variance
         self.assertLess(probe.separability(torch.randn(300, 8), y, 0)["linear"], 0.5)
 
     def test_tsne_keeps_neighbours(self):
@@ -1667,7 +1695,8 @@ class Probes(Case):
 
     def test_linear_probe_with_cached_and_with_fresh_crops(self):
         real = demo.dataset
-        with mock.patch("demo.dataset", lambda split, count=None: real(split, {"train": 300, "val": 100}[split])):
+        with mock.patch("demo.dataset",
+                        lambda split, count=None: real(split, {"train": 300, "val": 100}[split])):
             self.assertGreater(self.numbers("classify --demo --batch 50")["top1"], 0.85)
             with mock.patch.dict(probe.SMALL["classify"], cache=False):
                 crops = self.numbers("classify --demo --features latent --batch 50 --epochs 2 --lr 0.02")
@@ -1681,7 +1710,8 @@ class Probes(Case):
             ok(f"svg pack tree/{split} packed/{split} --size 32 --workers 0")
         flags = f"--encoder {demo.ENCODER} --size 32 --workers 0"
         for command, sub in (("space", "/val"), ("classify --cache --epochs 2 --batch 5", "")):
-            tree, packed = (self.numbers(f"{command} {flags} --data {root}{sub}") for root in ("tree", "packed"))
+            tree, packed = (self.numbers(f"{command} {flags} --data {root}{sub}")
+                            for root in ("tree", "packed"))
             for numbers in (tree, packed):
                 numbers.pop("settings"), numbers.pop("seconds", None)
             self.assertEqual(tree, packed)
@@ -1699,8 +1729,8 @@ class Probes(Case):
                                   ("depth", "--epochs 60", lambda n: n["RMSE_m"] < 1 and n["A.Rel"] < 0.35)):
             with self.subTest(task):
                 write_dense(task, task)
-                numbers = self.numbers(f"{task} --data {task} --encoder {demo.ENCODER} --size 32 --workers 0 --batch 4 "
-                                       f"--lr 0.005 --width 16 --log-every 1000 {extra}")
+                numbers = self.numbers(f"{task} --data {task} --encoder {demo.ENCODER} --size 32 --workers 0 "
+                                       f"--batch 4 --lr 0.005 --width 16 --log-every 1000 {extra}")
                 self.assertTrue(good(numbers), numbers)
                 self.assertTrue(os.path.exists(f"probes/{task}.png"))
 
@@ -1725,8 +1755,8 @@ class Probes(Case):
         x = torch.randn(50, 1) @ torch.randn(1, 300) * 10 + torch.randn(50, 300)
         for y in (x, x[:, :20]):  # fewer rows than columns, and more
             expected = np.linalg.svd(y.numpy() - y.numpy().mean(0), full_matrices=False)
-            np.testing.assert_allclose(figures.principal(y, 2).abs().numpy(), np.abs(expected[0] * expected[1])[:, :2],
-                                       rtol=1e-2, atol=1e-2)
+            np.testing.assert_allclose(figures.principal(y, 2).abs().numpy(),
+                                       np.abs(expected[0] * expected[1])[:, :2], rtol=1e-2, atol=1e-2)
 
 
 # -- The shipped model, and real weights where they are ----------------------------------------------------
@@ -1780,12 +1810,15 @@ class RealWeights(Case):
         code, out, err = run(f"fid recon --ref val --features dinov2_vits14_pretrain.pth {where}")
         self.assertEqual(code, 0, err)
         self.assertRegex(out, "FD-dinov2_vits14 .*CLS token of dinov2_vits14_pretrain.pth on 16x16 patches")
-        self.assertRegex(run(f"fid recon --ref val --paired {where}")[1], r"rFID .*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
-        found, lpips = json.loads(Path("out.json").read_text()), train_ae.LPIPS(REAL / "weights/vgg16-397923af.pth")
+        self.assertRegex(run(f"fid recon --ref val --paired {where}")[1],
+                         r"rFID .*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
+        found, lpips = (json.loads(Path("out.json").read_text()),
+                        train_ae.LPIPS(REAL / "weights/vgg16-397923af.pth"))
         pairs = [[svg.to_float(torch.from_numpy(np.asarray(svg.open_rgb(f)).copy())[None], "cpu")
                   for f in (f"val/a/{i}.png", f"recon/a/{i}.jpg")] for i in range(12)]
         one_by_one = torch.cat([lpips(*pair) for pair in pairs])
-        self.close((found["LPIPS"], found["LPIPS_std"]), (one_by_one.mean().item(), one_by_one.std(correction=0).item()))
+        self.close((found["LPIPS"], found["LPIPS_std"]),
+                   (one_by_one.mean().item(), one_by_one.std(correction=0).item()))
         self.assertEqual(found["not_measured"], {})
 
 

@@ -1,8 +1,8 @@
 """Stage 1: train the residual encoder and the decoder around a frozen encoder.
 
-    torchrun --nproc_per_node=8 train_ae.py --data imagenet/train      # the paper's recipe: batch 512, 100K steps
-    python train_ae.py --demo                                          # tiny sizes on built-in data, two CPU cores
-    python train_ae.py --batch 64 --bench 20                           # speed and memory, without any file
+    torchrun --nproc_per_node=8 train_ae.py --data imagenet/train # the paper's recipe: batch 512, 100K steps
+    python train_ae.py --demo                                     # tiny sizes on built-in data, two CPU cores
+    python train_ae.py --batch 64 --bench 20                      # speed and memory, without any file
 
 Loss (the authors' code): sum over pixels of |x - y| + LPIPS(x, y), plus an adaptively weighted PatchGAN hinge
 loss from step --disc-start on. Writes runs/<name>/: config.json, log.jsonl, loss.png, last.pt, numbered
@@ -27,8 +27,8 @@ class LPIPS(nn.Module):
     """Perceptual distance of images [B, 3, H, W] in [-1, 1]: one number per image [B] (Zhang et al., v0.1,
     VGG16).
 
-    vgg: path of torchvision's vgg16-397923af.pth, or None for random weights (--bench); the published linear heads
-    lie in assets/.
+    vgg: path of torchvision's vgg16-397923af.pth, or None for random weights (--bench); the published linear
+    heads lie in assets/.
     """
 
     WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -138,8 +138,8 @@ def reconstruction_loss(x, y, lpips, weight):
 
 
 def adaptive_weight(reconstruction, gan, last_layer):
-    """||d reconstruction / d last_layer|| / (||d gan / d last_layer|| + 1e-4), at most 1e4 (VQGAN, eq. 7); the
-    gradients are those of all ranks' losses.
+    """||d reconstruction / d last_layer|| / (||d gan / d last_layer|| + 1e-4), at most 1e4 (VQGAN, eq. 7);
+    the gradients are those of all ranks' losses.
     """
     gradients = torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
                              for loss in (reconstruction, gan)])
@@ -153,8 +153,8 @@ def adaptive_weight(reconstruction, gan, last_layer):
 def generator_gradient(y, nll, g_loss, gan, last_layer):
     """d (nll + gan * w * g_loss) / dy for the reconstruction y, w the adaptive weight; g_loss may be None.
 
-    VGG16 and the discriminator are passed backward once each. The sum of y times such a gradient is a loss with the
-    same gradient at the last layer, so all that w takes besides is that layer's own backward.
+    VGG16 and the discriminator are passed backward once each. The sum of y times such a gradient is a loss
+    with the same gradient at the last layer, so all that w takes besides is that layer's own backward.
     """
     g_rec, = torch.autograd.grad(nll, y)
     if g_loss is None:
@@ -178,16 +178,22 @@ def parse_args():
                    help="frozen encoder: a file in the weights folder, or a path")
     p.add_argument("--image-size", type=svg.positive, default=256, help="pixels per side")
     p.add_argument("--grid", type=svg.positive, default=16, help="latent tokens per side")
-    p.add_argument("--residual-channels", type=svg.not_negative, default=8, help="latent channels of the residual encoder")
-    p.add_argument("--align", choices=("batch", "none"), default="batch",
-                   help="alignment of the residual to the encoder's statistics; none: the ablation of table 4")
+    p.add_argument("--residual-channels", type=svg.not_negative, default=8,
+                   help="latent channels of the residual encoder")
+    p.add_argument("--align", choices=("batch", "none"), default="batch", help=(
+        "alignment of the residual to the encoder's statistics; none: the ablation of table 4"))
     p.add_argument("--residual-dim", type=svg.positive, default=384, help="width of the residual encoder")
     p.add_argument("--residual-depth", type=svg.positive, default=6, help="layers of the residual encoder")
-    p.add_argument("--residual-dropout", type=svg.number(0, 1), default=0.1, help="dropout in the residual encoder")
-    p.add_argument("--decoder-channels", type=svg.positive, default=128, help="decoder's width at full resolution")
-    p.add_argument("--decoder-mult", help="factors of it by level, full resolution first (default: 1,1,2,2,4)")
-    p.add_argument("--lpips", type=svg.number(), default=1.0, help="weight of LPIPS; 0: off, VGG16 is not needed")
-    p.add_argument("--gan", type=svg.number(), default=0.5, help="weight of the adaptively weighted GAN loss; 0: off")
+    p.add_argument("--residual-dropout", type=svg.number(0, 1), default=0.1,
+                   help="dropout in the residual encoder")
+    p.add_argument("--decoder-channels", type=svg.positive, default=128,
+                   help="decoder's width at full resolution")
+    p.add_argument("--decoder-mult",
+                   help="factors of it by level, full resolution first (default: 1,1,2,2,4)")
+    p.add_argument("--lpips", type=svg.number(), default=1.0,
+                   help="weight of LPIPS; 0: off, VGG16 is not needed")
+    p.add_argument("--gan", type=svg.number(), default=0.5,
+                   help="weight of the adaptively weighted GAN loss; 0: off")
     p.add_argument("--disc-start", type=svg.positive, default=2501, help="first step of the GAN loss")
     p.add_argument("--stats-images", type=svg.positive, default=10_000, help="images for latent mean and std")
     return p.parse_args()
@@ -201,8 +207,8 @@ def decoder_size(args):
         return {"ch": args.decoder_channels}
     mult = args.decoder_mult.split(",")
     if not all(m.isdigit() and int(m) for m in mult) or 2 ** (len(mult) - 1) * args.grid != args.image_size:
-        raise svg.UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each level from --image-size "
-                            f"{args.image_size} to --grid {args.grid}")
+        raise svg.UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each level from "
+                            f"--image-size {args.image_size} to --grid {args.grid}")
     return {"ch": args.decoder_channels, "ch_mult": [int(m) for m in mult]}
 
 
@@ -254,7 +260,7 @@ def main():
     local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
 
     def train_step(step, images):
-        """One step of both optimisers on uint8 images [B, H, W, 3]: losses, gradient norm, whether it was skipped."""
+        """One step of both optimisers on uint8 images [B, H, W, 3]: losses, gradient norm, skipped or not."""
         svg.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
         masked = torch.rand(args.batch, device=device)[local][:len(images)] < model.mask_ratio
         svg.seed_step(args.seed, step, 1 + svg.rank())  # for dropout
@@ -299,7 +305,8 @@ def main():
         run.report_corrupt(data, corrupt)
         losses, norm, skipped = train_step(step, images)
         step, stop = step + 1, run.stopped()
-        run.record(step, {k: v for (k, used), v in zip(names.items(), losses, strict=True) if used}, norm, skipped)
+        run.record(step, {k: v for (k, used), v in zip(names.items(), losses, strict=True) if used},
+                   norm, skipped)
         if step % args.preview_every == 0 or step == args.steps:
             with torch.no_grad(), svg.autocast(device, args.precision):
                 pair = torch.cat([preview, model.eval()(preview).float()])
@@ -307,7 +314,7 @@ def main():
             run.picture(step, svg.grid_image(svg.to_uint8(pair), len(preview), title=(
                 f"{run.path} step {step}: originals above reconstructions")))
         if step % args.save_every == 0 or step == args.steps or stop:
-            if stop and step < args.steps:  # there may be seconds left, so no figures; stage 2 can measure them
+            if stop and step < args.steps:  # seconds may be left, so no figures; stage 2 can measure them
                 model.latent_mean.zero_()
             else:
                 with svg.autocast(device, args.precision):

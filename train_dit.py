@@ -1,11 +1,11 @@
 """Stage 2: train the diffusion transformer on the latents of a stage-1 autoencoder.
 
-    torchrun --nproc_per_node=8 train_dit.py --model XL --data imagenet/train   # the paper's recipe, batch 256
-    python train_dit.py --demo                                                  # after train_ae.py --demo
-    python train_dit.py --model XL --batch 32 --bench 20                        # speed and memory, without any file
+    torchrun --nproc_per_node=8 train_dit.py --model XL --data imagenet/train  # the paper's recipe, batch 256
+    python train_dit.py --demo                                                 # after train_ae.py --demo
+    python train_dit.py --model XL --batch 32 --bench 20                       # speed and memory, no files
 
-Finds the newest stage-1 run (or takes --ae) and records its fingerprint. Writes runs/<name>/ like stage 1, with
-samples labelled by class as previews. The same command goes on from last.pt.
+Finds the newest stage-1 run (or takes --ae) and records its fingerprint. Writes runs/<name>/ like stage 1,
+with samples labelled by class as previews. The same command goes on from last.pt.
 """
 import copy
 
@@ -23,10 +23,14 @@ def parse_args():
     p.add_argument("--ae", help="stage-1 checkpoint, ours or the authors'; default: the newest run")
     p.add_argument("--latent-stats", help="a statistics file instead of the autoencoder's own mean and std")
     p.add_argument("--shift", type=svg.number(above=0), default=0.4, help="timestep shift in training")
-    p.add_argument("--label-dropout", type=svg.number(0, 1), default=0.1, help="share of images trained without class")
-    p.add_argument("--ema-decay", type=svg.number(0, 1), default=0.9999, help="decay of the averaged weights per step")
-    p.add_argument("--preview-steps", type=svg.positive, default=10, help="Euler steps of the preview samples")
-    p.add_argument("--preview-guidance", type=svg.number(), default=4.0, help="guidance of the preview samples")
+    p.add_argument("--label-dropout", type=svg.number(0, 1), default=0.1,
+                   help="share of images trained without class")
+    p.add_argument("--ema-decay", type=svg.number(0, 1), default=0.9999,
+                   help="decay of the averaged weights per step")
+    p.add_argument("--preview-steps", type=svg.positive, default=10,
+                   help="Euler steps of the preview samples")
+    p.add_argument("--preview-guidance", type=svg.number(), default=4.0,
+                   help="guidance of the preview samples")
     return p.parse_args()
 
 
@@ -102,7 +106,7 @@ def main():
     local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
 
     def train_step(step, images, y):
-        """One optimiser step on uint8 images [B, H, W, 3] and labels: loss, gradient norm, whether it was skipped."""
+        """One optimiser step on uint8 images [B, H, W, 3] and labels: loss, gradient norm, skipped or not."""
         svg.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
         flip, drop, u = torch.rand(3, args.batch, device=device)[:, local][:, :len(images)]
         epsilon = torch.randn(args.batch, ae.grid ** 2, ae.channels, device=device)[local][:len(images)]
