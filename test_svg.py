@@ -1686,6 +1686,19 @@ class Probes(Case):
             apart["between/within"], (2 / 3) * 20 ** 2 / 8, delta=3)  # |mean - centre|^2 over variance
         self.assertLess(probe.separability(torch.randn(300, 8), y, 0)["linear"], 0.5)
 
+    def test_pixel_encoder_is_a_rotation_of_the_patches_for_every_program(self):
+        ok("probe pixels --patch 8 --channels 200 --out .")
+        encoder, x = svg.load_encoder("pixels.pt"), torch.rand(2, 3, 32, 48) * 2 - 1
+        tokens = encoder(x, grid=(4, 6))
+        self.assertEqual(tokens.shape, (2, 24, 200))
+        patches = torch.nn.functional.unfold(x, 8, stride=8).transpose(1, 2)
+        self.close(tokens @ tokens.mT, patches @ patches.mT, 1e-4)  # lengths and angles stay
+        ok(f"{MINI_AE} --encoder {self.folder}/pixels.pt --residual-channels 0 --steps 2")
+        self.assertEqual(svg.load_autoencoder("runs/demo-ae/last.pt").channels, 200)
+        code, _, err = run("probe pixels --patch 16 --channels 392 --out .")
+        self.assertEqual((code, err.count("\n")), (2, 1), err)
+        self.assertIn("--channels 392", err)
+
     def test_tsne_keeps_neighbours(self):
         torch.manual_seed(0)
         y = torch.arange(90) % 3
