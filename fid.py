@@ -152,8 +152,11 @@ def open_source(path, size=0, num=0):
         images = map_images(path)
         if "mu" in arrays and "sigma" in arrays:
             found |= {k: v.item() if v.ndim == 0 else v for k, v in arrays.items()}
-            if not all(np.isfinite(v).all() for k, v in arrays.items() if k != "protocol"):
+            numbers = [v for k, v in arrays.items() if k != "protocol"]
+            if not all(v.dtype.kind in "fiu" and np.isfinite(v).all() for v in numbers):
                 raise UserError(f"{path}: mu or sigma is not finite")
+            if (np.diagonal(arrays["sigma"]) < 0).any() or np.ndim(found.get("num", 0)):
+                raise UserError(f"{path}: sigma or num is not of a set of images")
             if num:
                 raise UserError(f"{path}: holds statistics, so --num {num} cannot choose among its images")
         elif images is None:
@@ -352,7 +355,8 @@ def encoder(args, device):
     path = svg.fetch_weights(args.features, args.weights)
     model = svg.load_encoder(path).to(device)
     return (lambda images: {"features": model(svg.to_float(images, device), grid=(16, 16), cls=True)[0]},
-            f"CLS token of {path.name} on 16x16 patches", f"FD-{model.name}")
+            (f"{'CLS token' if model.vit.cls else 'mean patch token'} of {path.name} "
+             f"({model.fingerprint[:8]}) on 16x16 patches"), f"FD-{model.name}")
 
 
 def gather(value):
@@ -510,6 +514,8 @@ def parse_args():
         help="features of the demo's encoder instead of Inception's; without --ref, against its images")
     svg.add_bench_flag(parser)
     parser.set_defaults(precision="fp32", compile=False)  # other ways would give another FID
+    svg.refuse_idle({"--demo": "--features --protocol", "--features": "--protocol", "--bench": (
+        "--ref --features --paired --size --num --workers --weights --save-stats --json --demo")})
     args = parser.parse_args()
     for flag, path in (("--save-stats", args.save_stats), ("--json", args.json)):
         if path and not os.path.isdir(os.path.dirname(path) or "."):
@@ -568,6 +574,8 @@ def main():
                 raise UserError(f"{s['name']} was measured by another protocol: {own}, not {protocol}")
             if not own and args.features:
                 raise UserError(f"{s['name']}: holds statistics of unknown features; --features takes images")
+            if not own and "mu_s" not in s and (name, args.protocol) == ("FID", "adm"):
+                warnings.warn(f"{s['name']} does not name its protocol; pytorch-fid's take --protocol pytorch-fid")
     name = name or ("FID" if INCEPTION in (protocol or INCEPTION) else "FD")  # FD of saved statistics
 
     paired = None

@@ -101,7 +101,7 @@ def parse_args():
 
 def box(text):
     """argparse type: "x0,y0,x1,y1", a rectangle in whole pixels."""
-    values = [int(v) if v.strip().isdigit() else -1 for v in text.split(",")]
+    values = [int(v) if v.strip().isdecimal() else -1 for v in text.split(",")]
     if len(values) != 4 or min(values) < 0 or values[0] >= values[2] or values[1] >= values[3]:
         raise argparse.ArgumentTypeError(f"'{text}' is not x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1")
     return values
@@ -140,7 +140,7 @@ def class_numbers(names, classes, num_classes):
     """--classes as numbers: each a number, or a name that the checkpoint knows."""
     numbers = []
     for name in names or range(num_classes):
-        number = int(name) if str(name).isdigit() else classes.index(name) if name in classes else -1
+        number = int(name) if str(name).isdecimal() else classes.index(name) if name in classes else -1
         if not 0 <= number < num_classes:
             known = f" ({', '.join([*classes[:10], *['...'][:len(classes) > 10]])})" if classes else ""
             raise svg.UserError(f"--classes {name}: the model has classes 0 to {num_classes - 1}{known}")
@@ -417,8 +417,8 @@ def edit(args, device):
         mask = (weights.view(ae.grid, ae.grid, 1).cpu().numpy() * 255).round().astype(np.uint8).repeat(3, 2)
         mask = mask.repeat(ae.ratio, 0).repeat(ae.ratio, 1)
         labels = ("original", "reconstruction", "noise (white: all new)", f"edit: class {args.classes[0]}")
-        title = (f"{args.edit}: t_edit {args.t_edit:g}, {args.steps} Euler steps, "
-                 f"guidance {args.guidance:g}, seed {args.seed}")
+        title = (f"{args.edit}: t_edit {args.t_edit:g}, {len(times) - 1} of {args.steps} Euler "
+                 f"steps, guidance {args.guidance:g}, seed {args.seed}")
         tiles = np.stack([original, before, mask, after])
         svg.grid_image(tiles, 4, labels, title, max(192, ae.image_size)).save(beside(out, ".png"))
         print(f"{out / Path(args.edit).stem}.png and {beside(out, '.png')}, by {path}")

@@ -382,7 +382,8 @@ def _detect(weights, path):
 
 def fresh_encoder(file):
     """An encoder of random weights, of the architecture that an official file name begins with (--bench)."""
-    fits = [name for name in sorted(ENCODERS, key=len) if Path(file).name.startswith(name)]
+    file = Path(file).name.replace("mae_pretrain_vit_base", "mae_vitb16")
+    fits = [name for name in sorted(ENCODERS, key=len) if file.startswith(name)]
     if not fits:
         raise UserError(f"--encoder {file}: --bench needs a name that begins with one of "
                         f"{', '.join(ENCODERS)}")
@@ -1698,7 +1699,7 @@ def not_negative(text):
 
 def positive(text):
     """argparse type: an integer of at least 1."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
 

@@ -500,9 +500,13 @@ class Metrics(Case):
         for k, block in ((3, 4096), (3, 100), (5, 7)):
             with mock.patch("fid.BLOCK", block):
                 self.close(fid.precision_recall(a, b, k), (brute(a, b, k), brute(b, a, k)), 1e-6)
+        sides = [{"name": "", "features": x, "mu": x.mean(0), "sigma": x.T.cov()} for x in (a, b)]
+        numbers, _ = fid.compare(*sides, "FD", torch.device("cpu"))  # of a against the reference b
+        self.close((numbers["precision"], numbers["recall"]), (brute(b, a, 3), brute(a, b, 3)), 1e-6)
+        self.assertGreater(abs(numbers["precision"] - numbers["recall"]), 0.01)
         self.assertEqual(fid.precision_recall(a, a), (1, 1))
         self.assertEqual(fid.precision_recall(a, a + 100), (0, 0))
-        self.assertEqual(fid.precision_recall(a, a[:4]), (1, 0 + fid.precision_recall(a[:4], a)[0]))
+        self.close(fid.precision_recall(a, a[:4]), (brute(a, a[:4], 3), brute(a[:4], a, 3)), 1e-6)
 
     def test_kernel_distance(self):
         a, b, _ = gaussians()
@@ -541,12 +545,22 @@ class Metrics(Case):
             self.assertEqual([f[k].shape for k in ("mu", "sigma", "mu_s", "sigma_s")],
                              [(2048,), (2048, 2048), (2023,), (2023, 2023)])
             np.savez("foreign.npz", mu=f["mu"], sigma=f["sigma"])
+        model = fid.load_inception(f"w/{fid.INCEPTION}")
+        for protocol, numbers in (("adm", found), ("pytorch-fid", self.number(
+                "a --ref b --weights w --workers 0 --protocol pytorch-fid"))):
+            with torch.no_grad():
+                a, b = (fid.inception_features(model, torch.from_numpy(pictures(x)), protocol) for x in "ab")
+            moments = [f(x["pool3"].double().numpy()) for x in (a, b) for f in (
+                lambda x: x.mean(0), lambda x: np.cov(x, rowvar=False))]
+            self.assertAlmostEqual(numbers["FID"] / fid.frechet_distance(*moments), 1, places=4)
+            self.assertAlmostEqual(numbers["IS"], fid.inception_score(a["logits_unbiased"])[0], places=4)
         again = self.number("b --ref a.npz --weights w --batch 5")
         for key in ("FID", "sFID"):
             self.assertAlmostEqual(again[key] / found[key], 1, places=5)
         self.assertIn("no images in a.npz", again["not_measured"]["precision, recall, KID"])
         self.assertIn("no mu_s in foreign.npz", self.number("a.npz --ref foreign.npz")["out"])
         self.assertLess(self.number("a.npz --ref foreign.npz")["FID"], 1e-6)
+        self.assertIn("does not name its protocol", self.number("a --ref foreign.npz --weights w")["err"])
         self.refused("fid b --ref a.npz --weights w --protocol pytorch-fid", "a.npz", "adm protocol")
 
     def test_numbers_do_not_depend_on_batches_workers_processes_or_the_kind_of_file(self):
@@ -933,12 +947,45 @@ class Editing(Case):
         self.assertAlmostEqual((slerp.norm() / a.norm()).item(), 1, delta=0.05)
         self.assertAlmostEqual((lerp.norm() / a.norm()).item(), 0.5 ** 0.5, delta=0.05)
 
+    def test_new_noise_of_an_edit_fades_as_the_noise_does(self):
+        class Still:  # a flow that stands still, so that what changes is what was renewed
+            num_classes = 10
+
+            def __call__(self, x, t, y):
+                return torch.zeros_like(x)
+
+        renewed, times, weights = [], svg.euler_times(50, 0.4)[10:], torch.ones(2000, 1)
+        real = svg.euler_sample
+
+        def euler_sample(model, x, y, times, *more, after, **settings):
+            def record(t, x):
+                renewed.append(after(t, x))
+                return renewed[-1]
+
+            renewed[:] = [x]  # inverts first, then samples
+            return real(model, x, y, times, *more, **settings, after=record)
+
+        with mock.patch("svg.euler_sample", euler_sample):
+            sample.edit_latents(Still(), torch.zeros(1, 2000, 8), torch.tensor([3]), weights, times)
+        self.assertAlmostEqual(renewed[0].std().item(), 1 - times[0], delta=0.02)  # at first all the noise
+        for (t, u), (a, b) in zip(itertools.pairwise(times), itertools.pairwise(renewed), strict=True):
+            share = (u - t) / (1 - t)  # of noise that a step of the exact flow takes away
+            new = (b - (a + (1 - u) * ((1 - share) ** 0.5 - 1) * a)) if u < 1 else b - a
+            self.assertAlmostEqual(new.std().item(), (1 - u) * share ** 0.5, delta=0.02)
+
     def test_edit_writes_the_result_and_a_labelled_overview(self):
         write_pictures("in", 1)
+        with mock.patch("sys.argv", ["sample.py", "--edit", "x", "--box", "0,0,1,1", "--class", "0"]):
+            args = sample.parse_args()
+        self.assertEqual((args.steps, args.shift, args.guidance), (100, 0.4, 4.0))  # appendix C
+        ok("sample --edit in/0.png --box 8,8,28,28 --class star --steps 5 --outside --out outside")
         ok("sample --edit in/0.png --box 8,8,28,28 --class star --steps 5")
+        differ = pictures("edit").astype(int) - pictures("outside")
+        self.assertGreater(np.abs(differ).mean(), 5)
         self.assertEqual(os.listdir("edit"), ["0.png"])
         self.assertEqual(svg.open_rgb("edit/0.png").size, (32, 32))
-        self.assertEqual(set(os.listdir()), {"in", "edit", "edit.json", "edit.png"})
+        self.assertEqual(set(os.listdir()), {"in", *(f"{name}{suffix}" for name in ("edit", "outside")
+                                                     for suffix in ("", ".json", ".png"))})
 
 
 # -- Files and data ----------------------------------------------------------------------------------------
@@ -1822,7 +1869,7 @@ class RealWeights(Case):
         where = f"--weights {REAL / 'weights'} --workers 0 --json out.json"
         code, out, err = run(f"fid recon --ref val --features dinov2_vits14_pretrain.pth {where}")
         self.assertEqual(code, 0, err)
-        self.assertRegex(out, "FD-dinov2_vits14 .*CLS token of dinov2_vits14_pretrain.pth on 16x16 patches")
+        self.assertRegex(out, r"FD-dinov2_vits14 .*CLS token of dinov2_vits14_pretrain.pth \(.*\) on 16x16 patches")
         self.assertRegex(run(f"fid recon --ref val --paired {where}")[1],
                          r"rFID .*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
         found, lpips = (json.loads(Path("out.json").read_text()),

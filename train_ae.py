@@ -196,7 +196,10 @@ def parse_args():
                    help="weight of the adaptively weighted GAN loss; 0: off")
     p.add_argument("--disc-start", type=svg.positive, default=2501, help="first step of the GAN loss")
     p.add_argument("--stats-images", type=svg.positive, default=10_000, help="images for latent mean and std")
-    return p.parse_args()
+    args = p.parse_args()
+    if not args.residual_channels:
+        svg.refuse_idle({"--residual-channels": "--align --residual-dim --residual-depth --residual-dropout"})
+    return args
 
 
 def decoder_size(args):
@@ -206,7 +209,7 @@ def decoder_size(args):
     if not args.decoder_mult:
         return {"ch": args.decoder_channels}
     mult = args.decoder_mult.split(",")
-    if not all(m.isdigit() and int(m) for m in mult) or 2 ** (len(mult) - 1) * args.grid != args.image_size:
+    if not all(m.isdecimal() and int(m) for m in mult) or 2 ** (len(mult) - 1) * args.grid != args.image_size:
         raise svg.UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each level from "
                             f"--image-size {args.image_size} to --grid {args.grid}")
     return {"ch": args.decoder_channels, "ch_mult": [int(m) for m in mult]}
