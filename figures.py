@@ -103,7 +103,7 @@ def hidden_picture(title, times, decoded, features, hidden):
         return enlarge(component_colours(x, (math.isqrt(x.shape[1]),) * 2), 128)
 
     tiles = [enlarge(decoded, 128), colours(features)]
-    labels = [*(f"x_t decoded, t {t:.2f}" for t in times), "encoder channels, t 1"]
+    labels = [*(f"x_t decoded, t {t:.2f}" for t in times), f"encoder channels, t {times[-1]:g}"]
     for name, x in hidden.items():
         x = F.layer_norm(x - x.mean(1, keepdim=True), x.shape[-1:])  # size and mean change with t, far more
         tiles += [colours(x), np.full((1, 128, 128, 3), 255, np.uint8)]

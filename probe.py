@@ -6,8 +6,9 @@
     python probe.py space --data imagenet/val                           # separability and t-SNE (figure 4a)
     python probe.py pca --class 207                                     # hidden states (figures 10, 11)
     python probe.py toy                                                 # mean velocity fields (figure 4b)
+    python probe.py pixels --patch 8 --channels 392                     # an encoder without semantics (3.1)
 
-Each takes --help, and all but toy take --demo: a run of a minute on a CPU without download. --features
+Each takes --help, and all but toy and pixels --demo: a run of a minute on a CPU without download. --features
 chooses encoder, residual, latent (both) or pixels. Numbers and pictures go to probes/<probe>.json and .png.
 """
 import functools
@@ -17,6 +18,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,8 @@ def load_features(args, device):
     known, model = SPACES if channels > split else ("encoder", "pixels"), model.to(device)
     if args.features not in known:
         raise svg.UserError(f"--features {args.features}: {path} has {', '.join(known)} only")
+    if args.size % ratio:
+        raise svg.UserError(f"--size {args.size}: give a multiple of {ratio}")
 
     @torch.no_grad()
     def features(images, space):
@@ -68,27 +72,30 @@ def load_features(args, device):
 
 
 def encode(function, data, blocks, args, device):
-    """For each block of indices [function(images), labels] of its images, taken --encode-batch at a time."""
+    """For each block of indices [function(images), labels], --encode-batch at once, less unreadable ones."""
     parts = [block.split(args.encode_batch) for block in blocks]
     items = [[(i, 0) for i in part.tolist()] for part in itertools.chain(*parts)]
     batches = iter(svg.batches_of(data, items, args.workers))
     for part in parts:
-        rows = [(function(svg.to_float(x, device)), y) for x, y, _ in itertools.islice(batches, len(part))]
+        rows = []
+        for x, y, corrupt in itertools.islice(batches, len(part)):
+            for i in set(corrupt.tolist()) - {-1}:  # Python shows the same warning only once
+                warnings.warn(f"{data.name(i)}: not a readable image, skipped")
+            rows.append((function(svg.to_float(x, device))[corrupt < 0], y[corrupt < 0]))
         yield [torch.cat(column).to(device) for column in zip(*rows, strict=True)]
 
 
 def report(args, numbers, picture=None):
-    """Print the numbers, and write them with the settings, and the picture, below --out."""
-    numbers = json.loads(json.dumps(numbers), parse_float=lambda v: round(float(v), 4))
+    """Print the numbers (null: not finite), and write them with the settings, and the picture, to --out."""
+    numbers = json.loads(json.dumps(numbers), parse_float=lambda v: round(float(v), 4), parse_constant={}.get)
     out = Path(args.out, args.probe)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{out}.json").write_text(json.dumps({**numbers, "settings": vars(args)}, indent=1, default=str))
-        if picture:
-            picture.save(f"{out}.png")
-    except OSError as e:
-        raise svg.UserError(f"--out {args.out}: could not be written ({e.strerror})") from e
-    print(json.dumps(numbers), f"\n{out}.json" + f" and {out}.png" * bool(picture))
+    print(json.dumps(numbers), flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**numbers, "settings": vars(args)}, indent=1, default=str)
+    svg.write_atomically(f"{out}.json", lambda f: f.write(text.encode()))
+    if picture:
+        svg.write_atomically(f"{out}.png", lambda f: picture.save(f, "PNG"))
+    print(f"{out}.json" + f" and {out}.png" * bool(picture))
 
 
 # -- Classification ----------------------------------------------------------------------------------------
@@ -125,7 +132,7 @@ def classify(args, device):
     torch.manual_seed(args.seed)
     head = None
     for _ in range(args.epochs):
-        blocks = torch.randperm(len(train)).split(args.batch)
+        blocks = torch.randperm(len(cached[1] if args.cache else train)).split(args.batch)
         fresh = encode(cropped, train, blocks, args, device)
         for x, y in ([column[block] for column in cached] for block in blocks) if args.cache else fresh:
             if head is None:
@@ -188,18 +195,26 @@ def list_pairs(task, root):
     """[training, test]: pairs (image, label) of files in a published layout; a UserError describes it."""
     sets = []
     for split in ("images/training", "images/validation") if task == "segment" else ("train", "test"):
-        images = [Path(f) for f in svg.list_images(Path(root, split))]
-        if task == "segment":
-            labels = Path(root, split.replace("images", "annotations"))
-            pairs = [(f, (labels / f.relative_to(Path(root, split))).with_suffix(".png")) for f in images]
-        else:
-            pairs = [(f, f.with_name(f"sync_depth{f.stem[3:]}.png")) for f in images if f.stem[:3] == "rgb"]
-        lacking = [label for _, label in pairs if not label.exists()]
-        if lacking or not pairs:
-            what = f"{lacking[0]} is missing" if lacking else f"no images for '{split}'"
-            raise svg.UserError(f"--data {root}: {what}; expected {LAYOUTS[task]}")
+        where, labels = Path(root, split), Path(root, split.replace("images", "annotations"))
+        images = [Path(f) for f in svg.list_images(where)]
+        pairs = ([(f, labels / f.relative_to(where).with_suffix(".png")) for f in images]
+                 if task == "segment" else
+                 [(f, f.with_name(f"sync_depth{f.stem[3:]}.png")) for f in images if f.stem[:3] == "rgb"])
+        if not pairs:
+            raise svg.UserError(f"--data {root}: no images for '{split}'; expected {LAYOUTS[task]}")
+        for _, label in pairs:
+            read_label(label, task, lambda file: file.size)  # its header alone
         sets.append(pairs)
     return sets
+
+
+def read_label(path, task, read=np.asarray):
+    """read(the opened file); UserError names one that is missing or damaged."""
+    try:
+        with Image.open(path) as file:
+            return read(file)
+    except Exception as e:  # as in svg.open_rgb
+        raise svg.UserError(f"{path}: not a readable label ({svg.brief(e)}); expected {LAYOUTS[task]}") from e
 
 
 def read_pair(pair, task):
@@ -207,23 +222,24 @@ def read_pair(pair, task):
     image, target = pair
     if isinstance(image, np.ndarray):  # the demo's
         return Image.fromarray(image), target
-    image = svg.open_rgb(image)
-    try:
-        with Image.open(target) as f:
-            label = np.asarray(f).astype(np.int32)
-    except (OSError, ValueError) as e:
-        raise svg.UserError(f"{target}: not a readable label ({svg.brief(e)})") from e
+    image, label = svg.open_rgb(image), read_label(target, task).astype(np.int32)
     if label.ndim != 2 or label.shape != image.size[::-1] or (task == "segment" and label.max() > 150):
-        raise svg.UserError(f"{target}: not a label of {pair[0]} in {LAYOUTS[task]}")
+        raise svg.UserError(f"{target}: not a label of {pair[0]}; expected {LAYOUTS[task]}")
     return image, label if task == "segment" else (label / 1000).astype(np.float32)
 
 
 def random_crops(pairs, args, numbers):
-    """Scaled, mirrored crops (uint8 [B, size, size, 3], targets), each a function of (seed, its number)."""
+    """Scaled, mirrored crops (uint8 [B, size, size, 3], targets), each a function of (seed, its number).
+
+    Or, as text, what is wrong with a file: an exception that leaves a worker has a trace for its message.
+    """
     crops = []
     for number in numbers:
         rng = np.random.default_rng((args.seed, number))
-        image, target = read_pair(pairs[rng.integers(len(pairs))], args.probe)
+        try:
+            image, target = read_pair(pairs[rng.integers(len(pairs))], args.probe)
+        except svg.UserError as e:
+            return str(e)
         low = 1 if args.probe == "depth" or args.demo else 0.5  # scaling would belie the depth
         factor = args.size * rng.uniform(low, 1 / low) / min(image.size)
         size = [round(n * factor) for n in image.size]
@@ -255,13 +271,20 @@ def dense_loss(task, out, target):
     return (d.square().mean() - 0.85 * d.mean().square()).clamp(min=1e-8).sqrt()
 
 
+def learning_rate(step, args, steps):
+    """Polynomial decay of power 0.9 from --lr to 1e-6, and before it a linear rise for --warmup steps."""
+    return (1e-6 + (args.lr - 1e-6) * (1 - step / steps) ** 0.9) * min(1, (step + 1) / max(1, args.warmup))
+
+
 def dense(args, device):
     """Train a pyramid head on frozen maps and measure it by sliding window."""
     features, _, path = load_features(args, device)
     segment = args.probe == "segment"
     train, val = ([demo.scenes(args.probe, s) for s in ("train", "val")] if args.demo else
                   list_pairs(args.probe, args.data))
-    read_pair(train[0], args.probe)  # so that a wrong label is refused here, not by a worker's stack trace
+    val = [p for p in val if read_pair(p, args.probe)[1].any()]  # so a bad file shows now, not after training
+    if not val or not any(read_pair(p, args.probe)[1].any() for p in train):
+        raise svg.UserError(f"--data {args.data}: no {'training' if val else 'test'} target has known pixels")
     outputs = 1 if not segment else 1 + len(demo.CLASSES) if args.demo else 150
     steps = args.steps if segment else max(1, args.epochs * len(train) // args.batch)
     torch.manual_seed(args.seed)
@@ -275,9 +298,13 @@ def dense(args, device):
         return F.interpolate(head(features(images, args.features)), images.shape[-2:], mode="bilinear")
 
     start = time.time()
-    for step, (images, target) in enumerate(crops):
-        lr = 1e-6 + (args.lr - 1e-6) * (1 - step / steps) ** 0.9  # polynomial
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / max(1, args.warmup))
+    for step, batch in enumerate(crops):
+        if isinstance(batch, str):
+            raise svg.UserError(batch)
+        images, target = batch
+        if not target.any():  # nothing known: the mean over no pixel is NaN
+            continue
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args, steps)
         loss = dense_loss(args.probe, predict(svg.to_float(images, device)), target.to(device))
         optimizer.zero_grad()
         loss.backward()
@@ -286,7 +313,7 @@ def dense(args, device):
             print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
 
     head.eval()
-    confusion, errors, shown = np.zeros(outputs ** 2, np.int64), [], []
+    confusion, errors, shown = np.zeros((outputs, outputs), np.int64), [], []
     for pair in val:
         image, target = read_pair(pair, args.probe)
         size = [max(args.size, round(n * args.size / min(image.size))) for n in image.size]
@@ -300,12 +327,12 @@ def dense(args, device):
         answer = (1 + out.argmax(0) if segment else out[0].exp().clamp(1e-3, 10)).numpy()
         a, b = answer[target > 0], target[target > 0]
         if segment:
-            confusion += np.bincount(outputs * (b - 1) + a - 1, minlength=outputs ** 2)
+            pairs = np.bincount(outputs * (b - 1) + a - 1, minlength=outputs ** 2)
+            confusion += pairs.reshape(outputs, outputs)  # [truth, answer]
         else:
             errors.append((np.sqrt(((a - b) ** 2).mean()), (np.abs(a - b) / b).mean()))
         shown = [*shown, (np.asarray(image), target, answer)][:8]
     if segment:
-        confusion = confusion.reshape(outputs, outputs)  # [truth, answer]
         right, truth = np.diag(confusion), confusion.sum(1)
         union = truth + confusion.sum(0) - right
         numbers = {"mIoU": (right[union > 0] / union[union > 0]).mean(),
@@ -319,11 +346,12 @@ def dense(args, device):
 # -- How separable a latent space is (figure 4a) -----------------------------------------------------------
 
 def separability(x, labels, seed):
-    """Accuracy of logistic regression and of the nearest neighbour on a held-out half of x [n, d], and the
-    ratio of between-class to within-class scatter.
+    """Accuracy of logistic regression and of the nearest neighbour on the held-out half of each class of
+    x [n, d], and the ratio of between-class to within-class scatter.
     """
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    fit, test = order[:len(x) // 2], order[len(x) // 2:]
+    order = order[labels[order].argsort()]
+    fit, test = order[::2], order[1::2]
     head = nn.Linear(x.shape[1], int(labels.max()) + 1)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
     x = x / x.std()
@@ -347,22 +375,25 @@ def space(args, device):
     """Separability of each space: all tokens of an image together, on the first 64 principal axes."""
     features, known, path = load_features(args, device)
     data = demo.dataset("val") if args.demo else svg.open_data(args.data, args.size)
-    labels, share = torch.as_tensor(data.labels), max(1, args.images // len(data.classes))
-    chosen = torch.cat([(labels == c).nonzero()[:share, 0] for c in range(len(data.classes))])
-    if len(data.classes) < 2 or len(chosen) < 20:
-        raise svg.UserError(f"--data {args.data}: too few: {len(chosen)} images, {len(data.classes)} classes")
-    some = np.linspace(0, len(chosen), min(len(chosen), 500), endpoint=False).astype(int)
+    count = min(args.classes, len(data.classes))
+    classes = torch.linspace(0, len(data.classes) - 1, count).round().long()
+    chosen = [(torch.as_tensor(data.labels) == c).nonzero()[:args.images // count, 0] for c in classes]
+    least = min(map(len, chosen))
+    if count < 2 or least < 4:
+        raise svg.UserError(f"--images {args.images}, --classes {args.classes}: too few: {count} classes, "
+                            f"one of {least} images; 2 of 4 images each are the least")
     numbers, panels = {}, []
     for name in known:
         def flat(images, name=name):
             return features(images, name).flatten(1).half()  # a thousand 256-pixel latents take 200 MB
 
-        x, y = (v.cpu() for v in next(encode(flat, data, [chosen], args, device)))
-        x = figures.principal(x.float(), 64).float()
+        x, y = (v.cpu() for v in next(encode(flat, data, [torch.cat(chosen)], args, device)))
+        x, y = figures.principal(x.float(), 64).float(), torch.searchsorted(classes, y)
+        some = np.linspace(0, len(x), min(len(x), 500), endpoint=False).astype(int)
         numbers[name] = separability(x, y, args.seed)
         panels.append((name, numbers[name], figures.tsne(x[some], seed=args.seed).numpy()))
-    report(args, {"of": path, "images": len(y), "chance": 1 / len(data.classes), **numbers},
-           figures.space_picture(panels, y[some].numpy(), data.classes))
+    report(args, {"of": path, "images": len(y), "classes": count, "chance": 1 / count, **numbers},
+           figures.space_picture(panels, y[some].numpy(), [data.classes[c] for c in classes]))
 
 
 # -- Mean velocity fields of two classes, entangled and separated (figure 4b) ------------------------------
@@ -396,8 +427,7 @@ def pixels(args, device):
     """
     p, d = args.patch, args.channels
     if 3 * p * p > d:
-        raise svg.UserError(f"--channels {d} cannot hold the {3 * p * p} numbers of --patch {p}: "
-                            f"give at least as many")
+        raise svg.UserError(f"--channels {d}: a --patch {p} has {3 * p * p} numbers, give at least as many")
     vit = {"patch": p, "dim": d, "depth": 0, "heads": 1, "grid": 1, "cls": False, "imagenet": False}
     rotation = torch.linalg.qr(
         torch.randn(d, 3 * p * p, generator=torch.Generator().manual_seed(args.seed)))[0]
@@ -429,7 +459,7 @@ def pca(args, device):
     number = sample.class_numbers([args.class_], sit.meta.get("classes", []), sit.num_classes)
     y, noise = torch.tensor(number), svg.sample_noise(args.seed, [0], (sit.grid ** 2, sit.channels))
     y, noise, times = y.to(device), noise.to(device), svg.euler_times(25, 0.4)
-    chosen = [times[i] for i in np.linspace(0, 25, args.columns).round().astype(int)]
+    chosen = [times[i] for i in sorted({round(i) for i in np.linspace(0, 25, args.columns)})]
     layers = sorted({round(i) for i in np.linspace(0, len(sit.blocks) - 1, args.rows)})
     states, hidden = {0.0: noise}, []
     with torch.no_grad(), svg.autocast(device, args.precision):
@@ -506,16 +536,17 @@ def parse_args(what):
     add("segment depth", "--warmup", type=svg.not_negative, default=0, help="steps of rising learning rate")
     add("segment depth", "--log-every", type=svg.positive, default=50, help="steps between progress lines")
     add("space", "--images", type=svg.positive, default=1000, help="images in all, shared by the classes")
+    add("space", "--classes", type=svg.positive, default=20, help="of the data's, evenly spaced among them")
     add("pca", "--images", nargs="+", metavar="FILE", help="pictures (default: a sample of --class)")
     add("pixels", "--patch", type=svg.positive, default=8, help="pixels per side of a patch")
-    add("pixels", "--channels", type=svg.positive, default=392,
-        help="channels of a token, 3 * patch^2 or more")
+    add("pixels", "--channels", type=svg.positive, default=392, help="of a token, 3 * patch^2 or more")
     add("pca", "--class", dest="class_", default="0", help="number or name of the class it is told")
     add("pca", "--guidance", type=svg.number(), default=4.0, help="guidance scale of the sample")
     add("pca", "--rows", type=svg.positive, default=4, help="layers shown")
     add("pca", "--columns", type=svg.positive, default=6, help="times shown")
     p.set_defaults(**{"probe": what, "features": "encoder", "size": 256, **PAPER.get(what, {})})
-    svg.refuse_idle(IDLE, {"--size": "--encoder"} if what == "pca" else None)
+    fixed = {"--demo": "--data --size"} if what in ("classify", "space") else {}  # the demo's 32 pixels
+    svg.refuse_idle({**IDLE, **fixed}, {"--size": "--encoder"} if what == "pca" else None)
     return p.parse_args(sys.argv[2:])
 
 
@@ -528,6 +559,9 @@ def main():
     args, device = parse_args(what), svg.setup()
     if svg.world_size() > 1:
         raise svg.UserError("probe.py runs as one process: start it without torchrun")
+    place = next(p for p in Path(args.out, "file").absolute().parents if os.path.lexists(p))
+    if not (place.is_dir() and os.access(place, os.W_OK)):  # the folder is made when there is what to write
+        raise svg.UserError(f"--out {args.out}: {place} is not a folder that can be written")
     PROBES[what](args, device)
 
 

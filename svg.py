@@ -937,8 +937,8 @@ def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=Tru
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         guided = guidance != 1 and guidance_interval[0] <= t <= guidance_interval[1]
         if guided and zero_init and i == 0:
-            continue
-        if guided:
+            v = 0.0
+        elif guided:
             t_batch = torch.full((2 * len(x),), t, device=x.device)
             v_c, v_u = model(torch.cat([x, x]), t_batch, torch.cat([y, null])).float().chunk(2)
             v = v_u + guidance * (v_c - v_u)

@@ -7,6 +7,7 @@ assets/golden.npz holds what independent implementations answered for formula we
 the names and shapes of the published checkpoints. Tests with real weights look into ../shared/real and skip
 without it.
 """
+import argparse
 import atexit
 import contextlib
 import copy
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 import unittest
+import warnings
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -849,6 +851,15 @@ class Flow(Case):
             with self.subTest(settings):
                 self.close(svg.euler_sample(field, x, y, 4, shift=1.0, **settings), x + moved)
 
+    def test_after_sees_the_state_at_every_time(self):
+        field, x, y = Field(lambda x, t, c: 0 * x + 1), torch.randn(1, 3, 4), torch.tensor([0])
+        for guidance in (1.0, 2.0):  # guided: the first step stays where it is
+            seen = {}
+            svg.euler_sample(field, x, y, 4, guidance, shift=1.0, after=seen.setdefault)
+            self.assertEqual(list(seen), [0.25, 0.5, 0.75, 1])
+            self.close(seen[0.25], x + 0.25 * (guidance == 1))
+            self.close(seen[1], x + 1 - 0.25 * (guidance != 1))
+
     def test_time_shift_keeps_the_ends_and_inverts(self):
         u = torch.linspace(0, 1, 11, dtype=torch.float64)
         for shift in (0.15, 0.4, 1.0, 3.0):
@@ -1618,6 +1629,8 @@ class BadInput(Case):
                 ("sample --align batch", "--align", "--reconstruct or --edit"),
                 ("sample --reconstruct good --bench 1", "--bench", "--reconstruct"),
                 ("probe space --demo --data good", "--data", "--demo"),
+                ("probe space --demo --size 64", "--size", "--demo"),
+                ("probe classify --demo --size 64", "--size", "--demo"),
                 (f"probe classify --encoder {demo.ENCODER} --ae x.pt", "--ae", "--encoder"),
                 ("probe pca --size 32 --demo", "--size", "--encoder"),
                 ("probe pca --images good/a/0.png --guidance 2", "--guidance", "--images"),
@@ -1633,18 +1646,40 @@ class BadInput(Case):
                 self.refused(f"{flags} {folder}", f"--data {folder}", "expected", layout)
             write_dense(task, "whole")
             os.rename(label, "elsewhere.png")
-            self.refused(f"{flags} whole", label, "missing", layout)
-            other = label.replace("1.png", "0.png")
-            for bad in (np.zeros((3, 3), np.uint8), np.zeros((44, 60, 3), np.uint8)):
-                write_dense(task, "whole")
-                Image.fromarray(bad).save(other)
-                self.refused(f"{flags} whole", other, "not a label")
-            Path(other).write_text("no picture")
-            self.refused(f"{flags} whole", other, "not a readable label")
+            self.refused(f"{flags} whole", label, "No such file", layout)
+            test = label.replace("training", "validation").replace("train", "test")
+            with mock.patch("probe.random_crops", side_effect=AssertionError("no training before this")):
+                for bad in (np.zeros((3, 3), np.uint8), np.zeros((44, 60, 3), np.uint8)):
+                    write_dense(task, "whole")
+                    Image.fromarray(bad).save(test)
+                    self.refused(f"{flags} whole", test, "not a label", layout)
+                for file in (test, label):
+                    write_dense(task, "whole")
+                    Path(file).write_text("no picture")
+                    self.refused(f"{flags} whole", file, "not a readable label", layout)
+                for unknown, which in (((label, label.replace("1.png", "0.png")), "training"),
+                                       ((test, test.replace("1.png", "0.png")), "test")):
+                    write_dense(task, "whole")
+                    for file in unknown:
+                        Image.fromarray(np.zeros((44, 60), np.uint8)).save(file)
+                    self.refused(f"{flags} whole", "--data whole", which, "known pixels")
+            write_dense(task, "whole")
+            Image.fromarray(np.zeros((3, 3), np.uint8)).save(label)  # its header is good
+            for workers in (0, 1):
+                self.refused(f"{flags} whole --workers {workers} --batch 8", label, "not a label")
             shutil.rmtree("whole")
+        with mock.patch("os.access", lambda path, mode: False):
+            self.refused("probe toy", "--out probes", str(self.folder), "written")
         self.refused("probe classify --data good --ae runs/demo-ae/last.pt", "--data good/train",
                      "no such folder")
-        self.refused("probe space --data good --ae runs/demo-ae/last.pt", "--data good", "too few")
+        for few in ("--demo --classes 1", "--demo --images 39", "--data good --size 32"):
+            self.refused(f"probe space --ae runs/demo-ae/last.pt {few}", "--images", "--classes", "too few")
+        for command in ("space --data good --size 100", "segment --demo --size 4",
+                        "segment --demo --features pixels --size 30", "pca --images good/a/0.png --size 100"):
+            self.refused(f"probe {command} --encoder {demo.ENCODER}", "--size", "multiple of 8")
+        for command in ("segment --demo", "toy", "pixels", "pca --demo", "space --demo", "classify --demo"):
+            for out in ("text.pt", "text.pt/below"):
+                self.refused(f"probe {command} --out {out}", f"--out {out}")
         self.refused("probe classify --demo --features residual --encoder " + str(demo.ENCODER),
                      "--features residual")
         self.refused("probe space --data good", "--ae")  # only demo runs are there
@@ -1723,6 +1758,66 @@ class Probes(Case):
             self.assertLess(numbers[name]["between/within"], numbers["latent"]["between/within"] / 5)
         self.assertTrue(os.path.exists("probes/space.png"))
 
+    def test_space_takes_some_classes_and_splits_each(self):
+        for name in "abcde":
+            write_pictures(f"tree/{name}", 6, first=100 * ord(name))
+        real, labels = probe.separability, []
+        with mock.patch("probe.separability", lambda x, y, seed: labels.append(y) or real(x, y, seed)), \
+                mock.patch("figures.space_picture", wraps=figures.space_picture) as picture:
+            numbers = self.numbers(f"space --data tree --encoder {demo.ENCODER} --size 32 --workers 0 "
+                                   "--classes 3 --images 14")
+        self.assertEqual((numbers["images"], numbers["classes"], numbers["chance"]), (12, 3, 0.3333))
+        self.assertEqual(labels[0].tolist(), [0] * 4 + [1] * 4 + [2] * 4)
+        self.assertEqual(picture.call_args.args[2], ["a", "c", "e"])
+        y = torch.arange(40) // 4  # four of a class: two to learn from, two to test, for every seed
+        x = 9 * torch.eye(10)[y] + 0.1 * torch.randn(40, 10)
+        self.assertEqual({probe.separability(x, y, seed)["1-NN"] for seed in range(5)}, {1.0})
+
+    def test_an_unreadable_picture_is_named_once_and_left_out(self):
+        for split in ("train", "val"):
+            for i, name in enumerate("ab"):
+                write_pictures(f"tree/{split}/{name}", 8, first=100 * i)
+            Path(f"tree/{split}/b/3.png").write_text("no picture")
+        flags = f"--encoder {demo.ENCODER} --size 32 --workers 0"
+        for command, splits, left in (
+                (f"space {flags} --data tree/val", ["val"], 15),
+                (f"classify {flags} --data tree --epochs 2 --batch 5", ["train", "val"], 15),
+                (f"classify {flags} --data tree --epochs 2 --batch 5 --cache", ["train", "val"], 15)):
+            with self.subTest(command), warnings.catch_warnings():
+                code, _, err = run(f"probe {command}")
+                expected = [f"warning: tree/{s}/b/3.png: not a readable image, skipped" for s in splits]
+                self.assertEqual(err.splitlines(), expected)
+                numbers = json.loads(Path(f"probes/{command.split()[0]}.json").read_text())
+                self.assertEqual((code, numbers["images"]), (0, left))
+
+    def test_numbers_come_before_the_files_and_none_is_no_json_number(self):
+        settings = argparse.Namespace(out="here", probe="toy")
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            probe.report(settings, {"a": math.nan, "b": [math.inf, 0.123456]})
+        written = json.loads(Path("here/toy.json").read_text(), parse_constant=self.fail)
+        self.assertEqual((written["a"], written["b"]), (None, [None, 0.1235]))
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), mock.patch("svg.write_atomically", side_effect=OSError), \
+                self.assertRaises(OSError):
+            probe.report(settings, {"a": 0.5})
+        self.assertIn('{"a": 0.5}', out.getvalue())
+
+    def test_defaults_are_the_papers(self):
+        for what, expected in {
+                "classify": {"lr": 5e-4, "wd": 1e-2, "batch": 3072, "epochs": 30, "cache": False},
+                "segment": {"size": 512, "lr": 8e-5, "wd": 1e-3, "warmup": 1500, "steps": 8000},
+                "depth": {"size": 480, "lr": 5e-4, "batch": 24, "epochs": 25, "warmup": 0}}.items():
+            with mock.patch("sys.argv", ["probe.py", what]):
+                args = vars(probe.parse_args(what))
+            self.assertEqual({k: args[k] for k in expected}, expected)
+        at = functools.partial(probe.learning_rate, args=mock.Mock(lr=8e-5, warmup=1500), steps=8000)
+        self.assertAlmostEqual(at(0), 8e-5 / 1500, delta=1e-12)
+        self.assertAlmostEqual(at(750), 751 / 1500 * (1e-6 + 7.9e-5 * (1 - 750 / 8000) ** 0.9), delta=1e-12)
+        self.assertAlmostEqual(at(1500), 1e-6 + 7.9e-5 * (1 - 1500 / 8000) ** 0.9, delta=1e-12)
+        self.assertAlmostEqual(at(8000), 1e-6, delta=1e-12)
+        self.assertAlmostEqual(at(0, args=mock.Mock(lr=0.1, warmup=0)), 0.1)
+
     def test_separability_of_known_clusters_and_of_noise(self):
         torch.manual_seed(0)
         y = torch.arange(300) % 3
@@ -1758,8 +1853,10 @@ class Probes(Case):
         with mock.patch("demo.dataset",
                         lambda split, count=None: real(split, {"train": 300, "val": 100}[split])):
             self.assertGreater(self.numbers("classify --demo --batch 50")["top1"], 0.85)
-            with mock.patch.dict(probe.SMALL["classify"], cache=False):
+            with mock.patch.dict(probe.SMALL["classify"], cache=False), \
+                    mock.patch("probe.random_resized_crops", wraps=probe.random_resized_crops) as cropped:
                 crops = self.numbers("classify --demo --features latent --batch 50 --epochs 2 --lr 0.02")
+        self.assertEqual(sum(len(call.args[0]) for call in cropped.mock_calls), 2 * 300)  # not the test's
         self.assertGreater(crops["top1"], 0.3)
         self.assertGreaterEqual(crops["top5"], crops["top1"])
 
@@ -1794,6 +1891,45 @@ class Probes(Case):
                 self.assertTrue(good(numbers), numbers)
                 self.assertTrue(os.path.exists(f"probes/{task}.png"))
 
+    def test_each_step_has_the_rate_of_the_schedule(self):
+        for task, steps in (("segment", "--steps 3"), ("depth", "--epochs 3")):
+            write_dense(task, task)
+            used = []
+
+            class Recording(torch.optim.AdamW):
+                def step(self, used=used):
+                    used.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
+
+            with mock.patch("torch.optim.AdamW", Recording):
+                self.numbers(f"{task} --data {task} --encoder {demo.ENCODER} --size 32 --workers 0 --batch 2 "
+                             f"--width 8 --lr 0.1 --wd 0.3 --warmup 2 {steps}")
+            args = mock.Mock(lr=0.1, warmup=2)
+            self.assertEqual(used, [(probe.learning_rate(i, args, 3), 0.3) for i in range(3)])
+
+    def test_depth_is_the_mean_with_the_mirrored_pictures(self):
+        write_dense("depth", "depth")
+        path = "depth/test/room/sync_depth_1.png"
+        Image.fromarray(np.zeros((44, 60), np.uint16)).save(path)  # nothing known: left out
+        log_depth = torch.linspace(0, 1, 4).expand(1, 1, 3, 4)
+        with mock.patch("probe.sliding", lambda predict, x, size: log_depth):
+            numbers = self.numbers(f"depth --data depth --encoder {demo.ENCODER} --size 32 --workers 0 "
+                                   "--batch 2 --width 8 --epochs 1")
+        errors = np.abs(math.exp(0.5) - np.array([1.5, 6]))
+        self.assertAlmostEqual(numbers["RMSE_m"], np.sqrt((errors ** 2).mean()), delta=1e-3)
+        self.assertAlmostEqual(numbers["A.Rel"], (errors / [1.5, 6]).mean(), delta=1e-3)
+        self.assertEqual(numbers["images"], 1)
+
+    def test_pictures_without_a_known_pixel_do_not_spoil_the_training(self):
+        for task, steps in (("segment", "--steps 8"), ("depth", "--epochs 4")):
+            write_dense(task, task)
+            label = {"segment": "segment/annotations/training/0.png",
+                     "depth": "depth/train/room/sync_depth_0.png"}[task]
+            Image.fromarray(np.zeros((44, 60), np.uint16 if task == "depth" else np.uint8)).save(label)
+            said = ok(f"probe {task} --data {task} --encoder {demo.ENCODER} --size 32 --workers 0 "
+                      f"--batch 1 --width 8 --log-every 1 {steps}")
+            self.assertIn("loss", said)
+            self.assertNotRegex(said, "nan|null")
+
     def test_sliding_window_covers_every_pixel_once_on_average(self):
         x = torch.randn(1, 3, 77, 64)
         seen = []
@@ -1804,6 +1940,10 @@ class Probes(Case):
 
         self.close(probe.sliding(predict, x, 32), 2 * x)
         self.assertEqual((len(seen), set(seen)), (4 * 3, {(32, 32)}))
+        starts = []  # the paper's: windows of 512 at a stride of 341
+        columns = torch.arange(1194.0).expand(1, 1, 512, -1)
+        probe.sliding(lambda w: starts.append(w[0, 0, 0, 0].item()) or w, columns, 512)
+        self.assertEqual(starts, [0, 341, 682])
 
     def test_principal_components_of_an_image_and_of_a_sample(self):
         write_pictures("in", 2)
@@ -1811,6 +1951,10 @@ class Probes(Case):
         sample_picture = Path("probes/pca.png").read_bytes()
         self.numbers("pca --demo --class star --rows 2 --columns 3 --images in/0.png")
         self.assertNotEqual(Path("probes/pca.png").read_bytes(), sample_picture)
+        for columns, times in ((1, 1), (26, 26), (40, 26)):
+            with mock.patch("figures.hidden_picture", wraps=figures.hidden_picture) as picture:
+                self.numbers(f"pca --demo --rows 1 --columns {columns}")
+            self.assertEqual(len(picture.call_args.args[1]), times)
         self.numbers(f"pca --encoder {demo.ENCODER} --size 32 --images in/0.png in/1.png")
         x = torch.randn(50, 1) @ torch.randn(1, 300) * 10 + torch.randn(50, 300)
         for y in (x, x[:, :20]):  # fewer rows than columns, and more
