@@ -120,6 +120,8 @@ def classify(args, device):
                   for s, n in (("train", 3000), ("val", 1000)))
     if train.classes != val.classes:
         raise svg.UserError(f"--data {args.data}: train/ and val/ hold different class folders")
+    if args.batch < 2:
+        raise svg.UserError(f"--batch {args.batch}: the head's normalisation takes at least 2 images")
     generator, start = torch.Generator().manual_seed(args.seed), time.time()
 
     def pooled(images):
@@ -139,7 +141,7 @@ def classify(args, device):
                 norm = nn.BatchNorm1d(x.shape[1], affine=False)  # spaces differ in scale
                 head = nn.Sequential(norm, nn.Linear(x.shape[1], len(train.classes))).to(device)
                 optimizer = torch.optim.AdamW(head.parameters(), args.lr, weight_decay=args.wd)
-            if len(x) > 1:  # a batch of one has no variance
+            if len(x) > 1:  # one left over has no variance
                 optimizer.zero_grad()
                 F.cross_entropy(head(x), y).backward()
                 optimizer.step()

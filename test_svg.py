@@ -1685,6 +1685,7 @@ class BadInput(Case):
         self.refused("probe space --data good", "--ae")  # only demo runs are there
         self.refused("probe guess", "probe.py guess", "classify")
         self.refused("probe toy --data good", "--data")
+        self.refused("probe classify --demo --batch 1", "--batch 1")
         self.refused(f"probe pca --encoder {demo.ENCODER}", "--images")
         self.refused("probe pca --demo --class 10", "0 to 9")
         self.refused("probe pca --demo --images good/a/0.png good/a/1.png", "--images", "one picture")
