@@ -198,7 +198,7 @@ def parse_args():
     p.add_argument("--stats-images", type=svg.positive, default=10_000, help="images for latent mean and std")
     args = p.parse_args()
     if not args.residual_channels:
-        svg.refuse_idle({"--residual-channels": "--align --residual-dim --residual-depth --residual-dropout"})
+        svg.refuse_idle({"--residual-channels": "--align"})
     return args
 
 
