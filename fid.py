@@ -575,7 +575,8 @@ def main():
             if not own and args.features:
                 raise UserError(f"{s['name']}: holds statistics of unknown features; --features takes images")
             if not own and "mu_s" not in s and (name, args.protocol) == ("FID", "adm"):
-                warnings.warn(f"{s['name']} does not name its protocol; pytorch-fid's take --protocol pytorch-fid")
+                warnings.warn(f"{s['name']} does not name its protocol; "
+                              "pytorch-fid's take --protocol pytorch-fid")
     name = name or ("FID" if INCEPTION in (protocol or INCEPTION) else "FD")  # FD of saved statistics
 
     paired = None

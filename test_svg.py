@@ -1691,6 +1691,11 @@ class BadInput(Case):
         self.refused("probe pca --demo --images good/a/0.png good/a/1.png", "--images", "one picture")
         self.refused("probe pca --images text.pt --demo", "text.pt", "not a readable image")
 
+    def test_restarts_on_several_nodes_need_a_store_for_each(self):
+        nodes = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
+        with mock.patch.dict(os.environ, nodes):
+            self.refused(MINI_DIT + " --name new", "--max-restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+
     def test_things_that_do_not_belong_together(self):
         self.refused("sample --ae other.pt", "runs/demo-dit/last.pt", "other.pt", "--ae")
         self.refused("train_dit --data good", "train_ae.py", "--ae")  # only demo runs are there
@@ -2014,7 +2019,7 @@ class RealWeights(Case):
         where = f"--weights {REAL / 'weights'} --workers 0 --json out.json"
         code, out, err = run(f"fid recon --ref val --features dinov2_vits14_pretrain.pth {where}")
         self.assertEqual(code, 0, err)
-        self.assertRegex(out, r"FD-dinov2_vits14 .*CLS token of dinov2_vits14_pretrain.pth \(.*\) on 16x16 patches")
+        self.assertRegex(out, r"FD-dinov2_vits14 .*CLS token of dinov2_vits14_pretrain.pth \(.*\) on 16x16")
         self.assertRegex(run(f"fid recon --ref val --paired {where}")[1],
                          r"rFID .*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
         found, lpips = (json.loads(Path("out.json").read_text()),
