@@ -1449,7 +1449,7 @@ def join(backend):
             and env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         raise UserError("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
                         "torchrun, or its restarts fail (https://github.com/pytorch/pytorch/issues/135712)")
-    if env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
     where = {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])} if store else {}
