@@ -270,6 +270,7 @@ def accuracy(model, images, labels):
 
 
 def main():
+    """python demo.py show, encoder, pack or classify FOLDER."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "show":
         val = dataset("val")

@@ -486,6 +486,7 @@ def write(path, flag, save):
 
 
 def parse_args():
+    """The command line; UserError for a flag that is wrong or out of place."""
     parser = svg.Parser(__doc__)
     add = parser.add_argument
     add("samples", nargs="?", default="samples/",
@@ -556,6 +557,7 @@ def bench(args, device):
 
 
 def main():
+    """Measure what the flags name, and print, write or save it."""
     args = parse_args()
     device = svg.setup()
     if args.bench:

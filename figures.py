@@ -60,6 +60,7 @@ def tsne(x, perplexity=30, steps=400, seed=0):
 # -- Pictures ----------------------------------------------------------------------------------------------
 
 def enlarge(images, side):
+    """uint8 images [n, h, w, 3] -> [n, side, side, 3], every pixel a square."""
     nearest = Image.Resampling.NEAREST
     return np.stack([np.asarray(Image.fromarray(i).resize((side, side), nearest)) for i in images])
 

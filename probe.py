@@ -504,6 +504,7 @@ IDLE = {"--demo": "--data", "--images": "--guidance",  # flags that do nothing b
 
 
 def parse_args(what):
+    """The command line of the probe `what`, with the paper's or the demo's defaults."""
     p = svg.Parser(PROBES[what].__doc__)
     p.prog, p.demo = f"probe.py {what}", {"size": 32, "workers": 0, **SMALL.get(what, {})}
 
@@ -553,6 +554,7 @@ def parse_args(what):
 
 
 def main():
+    """Run the probe that the first argument names."""
     what = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if what in ("-h", "--help"):
         return print(__doc__)

@@ -49,6 +49,7 @@ def add_model_flags(add):
 
 
 def parse_args():
+    """The command line; UserError for a flag that is wrong or out of place."""
     p = svg.Parser(__doc__)
     add_model_flags(p.add_argument_group("model").add_argument)
     add = p.add_argument_group("samples").add_argument
@@ -217,6 +218,7 @@ def bench(args, device):
 
 
 def compile_models(sit, ae, args):
+    """torch.compile what runs at every step, and the decoder, with --compile."""
     if args.compile:
         svg.compile_blocks(sit)
         ae.decoder.compile(dynamic=False)
@@ -461,6 +463,7 @@ def interpolate(args, device):
 
 
 def main():
+    """Make the pictures that the flags ask for."""
     args = parse_args()
     device = svg.setup(args.precision)
     mode = (bench if args.bench else reconstruct if args.reconstruct else edit if args.edit else

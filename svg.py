@@ -363,7 +363,7 @@ def _detect(weights, path):
     try:
         dim, _, _, patch = weights["patch_embed.proj.weight"].shape
     except (KeyError, AttributeError, ValueError):
-        raise UserError(f"{path}: not an encoder: no cls_token and patch_embed.proj among its {len(weights)} "
+        raise UserError(f"{path}: not an encoder: no patch_embed.proj.weight among its {len(weights)} "
                         f"entries ({', '.join(map(str, list(weights)[:3]))}, ...); give one of "
                         f"{', '.join(ENCODERS)}") from None
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
@@ -1441,17 +1441,18 @@ def join(backend):
     """Join torchrun's process group, also when torchrun has restarted this process.
 
     torchrun keeps one store through all restarts, in which a new process would find the addresses of dead
-    ones (https://github.com/pytorch/pytorch/issues/135712), so every restart gets keys of its own; but nodes
-    count restarts each for itself.
+    ones (https://github.com/pytorch/pytorch/issues/135712), so every restart gets keys of its own, by its
+    number. Several nodes may count differently: they need torchrun's way to give each restart a new store.
     """
     env, store = os.environ, None
     if env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"] \
             and env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
         raise UserError("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
                         "torchrun, or its restarts fail (https://github.com/pytorch/pytorch/issues/135712)")
-    if env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart != "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"restart {env['TORCHELASTIC_RESTART_COUNT']}", store)
+        store = dist.PrefixStore(f"restart {restart}", store)
     where = {"store": store, "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])} if store else {}
     dist.init_process_group(backend, timeout=timedelta(hours=1), **where)
 
@@ -1663,18 +1664,18 @@ def bench(args, device, make, batch, **about):
         name = f"{device.type}, {torch.get_num_threads()} threads"
     tflops = count.get_total_flops() * share / seconds / 1e12
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
-    share = (tflops / peak / {"bf16": 1, "tf32": 0.5}[args.precision]
-             if peak and args.precision != "fp32" else None)
+    of_peak = (tflops / peak / {"bf16": 1, "tf32": 0.5}[args.precision]
+               if peak and args.precision != "fp32" else None)
     result = {**about, "batch": batch, "precision": args.precision, "compile": args.compile,
               "processes": world_size(), "device": name, "torch": torch.__version__, "steps": args.bench,
               "step_seconds": round(seconds, 5), "images_per_second": round(batch / seconds, 2),
-              "tflops": round(tflops, 3), "peak_share": share and round(share, 3),
+              "tflops": round(tflops, 3), "peak_share": of_peak and round(of_peak, 3),
               "peak_gib": round(memory / 2**30, 2)}
     if rank() == 0:
         print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {batch} images "
               f"(median of {args.bench}), {batch / seconds:.3g} images/s, {tflops:.2f} TFLOP/s a process, "
               f"all its models included"
-              + (f" ({share:.0%} of {name}'s peak)" if share else "") + f", {memory / 2**30:.2f} GiB")
+              + (f" ({of_peak:.0%} of {name}'s peak)" if of_peak else "") + f", {memory / 2**30:.2f} GiB")
         print(json.dumps(result))
 
 
@@ -1788,7 +1789,8 @@ class Run:
         if checkpoint:
             kind, parent = {"ae": ("autoencoder", "encoder_file"), "dit": ("sit", "autoencoder")}[self.stage]
             need(checkpoint, ("kind", "step", "model", "opt"), self.last)
-            if checkpoint["kind"] != kind or checkpoint[parent]["fingerprint"] != self.extra["trained_on"]:
+            trained_on = checkpoint.get(parent, {}).get("fingerprint")
+            if checkpoint["kind"] != kind or trained_on != self.extra["trained_on"]:
                 raise UserError(f"{self.last} is not of this stage, or was trained on another "
                                 f"{parent.split('_')[0]}")
         step = checkpoint["step"] if checkpoint else 0
@@ -1957,6 +1959,7 @@ def plot_log(log, path, title, size=(720, 400)):
 # -- python svg.py pack ------------------------------------------------------------------------------------
 
 def main():
+    """The `pack` command."""
     p = Parser("Decode a tree of class folders once: python svg.py pack imagenet/train imagenet/train-256")
     p.add_argument("command", choices=["pack"])
     p.add_argument("src", help="folder of class folders of images")

@@ -1549,7 +1549,7 @@ class BadInput(Case):
                             ("zero.pt", ["not a readable checkpoint"]), ("list.pt", ["list"]),
                             ("int.pt", ["int"]), ("half.safetensors", ["truncated"]),
                             ("whole.safetensors", ["patch_embed.proj"]), ("nowhere.pth", ["no such file"]),
-                            ("mlp.pth", ["cls_token", "fc.weight"]),
+                            ("mlp.pth", ["patch_embed.proj", "fc.weight"]),
                             ("wrong.pth", ["missing", "unexpected extra", "[7] instead of [384]"])):
             self.refused(f"train_ae --data good --encoder {self.folder}/{file}", file, *words)
         for file in ("text.pt", "half.pt", "zero.pt", "list.pt", "int.pt", "ema.pt", "mlp.pth", "nowhere.pt",

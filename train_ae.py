@@ -1,8 +1,8 @@
 """Stage 1: train the residual encoder and the decoder around a frozen encoder.
 
-    torchrun --nproc_per_node=8 train_ae.py --data imagenet/train # the paper's recipe: batch 512, 100K steps
-    python train_ae.py --demo                                     # tiny sizes on built-in data, two CPU cores
-    python train_ae.py --batch 64 --bench 20                      # speed and memory, without any file
+    torchrun --nproc_per_node=8 train_ae.py --data imagenet/train  # paper's recipe: batch 512, 100K steps
+    python train_ae.py --demo                                      # tiny sizes on built-in data, two cores
+    python train_ae.py --batch 64 --bench 20                       # speed and memory, without any file
 
 Loss (the authors' code): sum over pixels of |x - y| + LPIPS(x, y), plus an adaptively weighted PatchGAN hinge
 loss from step --disc-start on. Writes runs/<name>/: config.json, log.jsonl, loss.png, last.pt, numbered
@@ -171,6 +171,7 @@ def hinge_loss(real, fake):
 # -- The program -------------------------------------------------------------------------------------------
 
 def parse_args():
+    """The command line; UserError for a flag that is wrong or out of place."""
     p = svg.Parser(__doc__)
     p.demo = demo.TRAIN_AE
     svg.add_training_flags(p, batch=512, lr=1e-4, steps=100_000)
@@ -216,6 +217,7 @@ def decoder_size(args):
 
 
 def main():
+    """Stage 1, from the flags to the last checkpoint."""
     args = parse_args()
     device, share = svg.setup(args.precision), svg.local_batch(args)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape

@@ -16,6 +16,7 @@ import svg
 
 
 def parse_args():
+    """The command line; UserError for a flag that is wrong or out of place."""
     p = svg.Parser(__doc__)
     p.demo = demo.TRAIN_DIT
     svg.add_training_flags(p, batch=256, lr=1e-4, steps=400_000)
@@ -67,6 +68,7 @@ def update_ema(ema, model, decay):
 
 
 def main():
+    """Stage 2, from the flags to the last checkpoint."""
     args = parse_args()
     size = model_size(args.model)
     device, share = svg.setup(args.precision), svg.local_batch(args)
