@@ -1,4 +1,4 @@
-"""The pictures of probe.py: t-SNE maps, principal components as colours, predictions, velocity fields.
+"""Everything drawn: grids of pictures, loss curves, t-SNE maps, principal components, velocity fields.
 
 Nothing here reads a file; each function takes arrays and returns an array or a Pillow image.
 """
@@ -10,12 +10,77 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-import svg
+# -- Grids and curves --------------------------------------------------------------------------------------
+
+
+def grid_image(images, columns, labels=None, title="", tile=None):
+    """Draw a grid of uint8 images [n, H, W, 3], with a title and a label above each image.
+
+    tile: pixels per side to which images are enlarged, default 96 or their own size if that is more.
+    """
+    tile = tile or max(96, images.shape[1])
+    gap = 4
+    text = 16 if labels else 0
+    head = 24 if title else 0
+    rows = -(-len(images) // columns)
+    size = (columns * (tile + gap) + gap, head + rows * (tile + gap + text) + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((gap, 4), title, fill="black", font=ImageFont.load_default(14))
+    for i, array in enumerate(images):
+        x = gap + i % columns * (tile + gap)
+        y = gap + head + i // columns * (tile + gap + text)
+        if labels:
+            draw.text((x, y), str(labels[i])[:tile // 6], fill="black", font=ImageFont.load_default(12))
+        enlarged = Image.fromarray(array).resize((tile, tile), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (x, y + text))
+    return sheet
+
+
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
+
+
+def loss_curve(entries, title):
+    """Draw every *loss of a log against the step, on one labelled scale; None for fewer than two entries."""
+    if len(entries) < 2:
+        return None
+    width, height = 720, 400
+    left, right, top, bottom = 60, width - 16, 44, height - 36
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    draw.text((left, 6), title, fill="black", font=ImageFont.load_default(14))
+    draw.text((width - 40, height - 18), "step", fill="black", font=font)
+    curves = {}
+    for name in [key for key in entries[-1] if key.endswith("loss")]:
+        curves[name] = [(e["step"], e[name]) for e in entries if math.isfinite(e.get(name, math.nan))]
+    values = [value for curve in curves.values() for _, value in curve] or [0.0]
+    low = min(values)
+    high = max(values)
+    first = entries[0]["step"]
+    last = entries[-1]["step"]
+
+    def place(step, value):
+        return (left + (step - first) / max(last - first, 1) * (right - left),
+                top + (high - value) / max(high - low, 1e-12) * (bottom - top))
+
+    for i in range(5):
+        step = first + (last - first) * i / 4
+        value = low + (high - low) * i / 4
+        x, y = place(step, value)
+        draw.line([(left, y), (right, y)], fill="#dddddd")
+        draw.text((4, y - 7), f"{value:.3g}", fill="black", font=font)
+        draw.text((x - 12, bottom + 6), f"{step:.0f}", fill="black", font=font)
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS)):
+        draw.line([place(*point) for point in curve], fill=colour, width=2)
+        draw.text((left + 140 * i, 24), name, fill=colour, font=font)
+    return sheet
+
 
 # -- Many dimensions -> two, or three colours --------------------------------------------------------------
 
 def principal(x, count):
-    """Centred x [n, d] on its first `count` principal axes, the largest first: [n, count]."""
+    """Return centred x [n, d] on its first principal axes, the largest first: [n, count]."""
     x = x - x.mean(0)
     if len(x) < x.shape[1]:
         u, s2, _ = torch.linalg.svd((x @ x.T).double())
@@ -25,179 +90,206 @@ def principal(x, count):
 
 
 def component_colours(x, grid):
-    """Tokens [n, N, C] -> uint8 [n, h, w, 3]: their first three principal components, over all n, as RGB."""
+    """Return the first three principal components of tokens [n, N, C], over all n, as RGB [n, h, w, 3]."""
     c = principal(x.float().flatten(0, 1), 3)
-    low, high = (torch.quantile(c, q, 0) for q in (0.02, 0.98))
+    low = torch.quantile(c, 0.02, 0)
+    high = torch.quantile(c, 0.98, 0)
     c = ((c - low) / (high - low).clamp(min=1e-9)).clamp(0, 1) * 255
     return F.pad(c, (0, 3 - c.shape[1])).view(len(x), *grid, 3).byte().numpy()
 
 
 def tsne(x, perplexity=30, steps=400, seed=0):
-    """Exact t-SNE (van der Maaten and Hinton, 2008) of x [n, d] to [n, 2], for up to some thousand points."""
+    """Map x [n, d] to [n, 2] by exact t-SNE (van der Maaten and Hinton, 2008), for some thousand points."""
+    # Similarities: bisection, in logarithms, for the precision whose neighbours have the perplexity.
     n = len(x)
     d2 = torch.cdist(x, x).square()
-    low, high = torch.full((n, 1), 1e-12).to(x), torch.full((n, 1), 1e12).to(x)
     eye = torch.eye(n, dtype=torch.bool)
     target = math.log(min(perplexity, (n - 1) / 3))
-    for _ in range(60):  # bisection, in logarithms, for the precision whose neighbours have the perplexity
+    low = torch.full((n, 1), 1e-12).to(x)
+    high = torch.full((n, 1), 1e12).to(x)
+    for _ in range(60):
         beta = (low * high).sqrt()
         p = torch.softmax((-beta * d2).masked_fill(eye, -math.inf), 1)
-        entropy = torch.special.entr(p).sum(1, keepdim=True)
-        low, high = torch.where(entropy > target, beta, low), torch.where(entropy > target, high, beta)
+        too_wide = torch.special.entr(p).sum(1, keepdim=True) > target
+        low = torch.where(too_wide, beta, low)
+        high = torch.where(too_wide, high, beta)
     p = ((p + p.T) / (2 * n)).clamp(min=1e-12)
+
+    # Gradient descent with momentum, at first with exaggerated similarities.
     y = 1e-4 * torch.randn(n, 2, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
     move = torch.zeros_like(y)
     for step in range(steps):
-        apart = y.unsqueeze(1) - y  # [n, n, 2]
-        q = 1 / (1 + apart[..., 0] ** 2 + apart[..., 1] ** 2).masked_fill(eye, math.inf)
-        pull = (p * (12 if step < 100 else 1) - q / q.sum()) * q  # exaggerated at first
+        exaggeration = 12 if step < 100 else 1
+        momentum = 0.5 if step < 100 else 0.8
+        difference = y.unsqueeze(1) - y  # [n, n, 2]
+        q = 1 / (1 + difference[..., 0] ** 2 + difference[..., 1] ** 2).masked_fill(eye, math.inf)
+        pull = (p * exaggeration - q / q.sum()) * q
         gradient = 4 * (pull.sum(1, keepdim=True) * y - pull @ y)
-        move = (0.5 if step < 100 else 0.8) * move - max(n / 12, 50) * gradient
+        move = momentum * move - max(n / 12, 50) * gradient
         y = y + move
     return y - y.mean(0)
 
 
-# -- Pictures ----------------------------------------------------------------------------------------------
+# -- Pictures of features ----------------------------------------------------------------------------------
 
 def enlarge(images, side):
-    """uint8 images [n, h, w, 3] -> [n, side, side, 3], every pixel a square."""
+    """Enlarge uint8 images [n, h, w, 3] to [n, side, side, 3]; every pixel becomes a square."""
     nearest = Image.Resampling.NEAREST
     return np.stack([np.asarray(Image.fromarray(i).resize((side, side), nearest)) for i in images])
 
 
-def ramp(values):
-    """Values in [0, 1] -> colours from dark blue over red to yellow."""
-    v = np.clip(values, 0, 1)[..., None]
-    return 255 * np.clip(np.concatenate([2 * v - 0.2, 2 * v - 1, 0.4 + v - 2.2 * v * v], -1), 0, 1)
+def depth_colours(metres, far):
+    """Colour depth [H, W] from dark blue over red to yellow at `far`; 0, the unknown, is black."""
+    v = np.clip(metres / far, 0, 1)
+    rgb = np.stack([2 * v - 0.2, 2 * v - 1, 0.4 + v - 2.2 * v * v], -1)
+    return (255 * np.clip(rgb, 0, 1) * (metres > 0)[..., None]).astype(np.uint8)
 
 
-def dense_picture(args, shown):
-    """Rows of images, targets and predictions of --probe; 0, the unknown, is black."""
-    task, far = args.probe, max(target.max() for _, target, _ in shown)
+def label_colours(labels):
+    """Colour class numbers [H, W] from 1 to 150; 0, no label, is black."""
+    colours = np.random.default_rng(5).integers(40, 256, (150, 3))
+    return np.concatenate([np.zeros((1, 3)), colours]).astype(np.uint8)[labels]
 
-    def colour(values):
-        if task == "depth":
-            return (ramp(values / far) * (values > 0)[..., None]).astype(np.uint8)
-        drawn = np.random.default_rng(5).integers(40, 256, (150, 3))
-        return np.concatenate([np.zeros((1, 3)), drawn]).astype(np.uint8)[values]
 
-    rows = zip(*((image, colour(target), colour(answer)) for image, target, answer in shown), strict=True)
-    tiles = np.stack([enlarge([picture], max(96, min(192, args.size)))[0] for row in rows for picture in row])
+def dense_picture(task, shown, features, tile):
+    """Draw rows of images, targets and answers of "depth" or "segment"; shown: such triples of arrays."""
+    images, targets, answers = zip(*shown, strict=True)
+    if task == "depth":
+        far = max(target.max() for target in targets)
+        title = f"depth, dark blue 0 m to yellow {far:.1f} m, black: unknown"
+        coloured = [depth_colours(values, far) for values in targets + answers]
+    else:
+        title = "segmentation, a colour for each class, black: no label"
+        coloured = [label_colours(values) for values in targets + answers]
+    tiles = np.concatenate([enlarge([picture], tile) for picture in (*images, *coloured)])
     labels = [name for name in ("image", "label", "prediction") for _ in shown]
-    title = (f"depth, dark blue 0 m to yellow {far:.1f} m, black: unknown" if task == "depth" else
-             "segmentation, a colour for each class, black: no label")
-    return svg.grid_image(tiles, len(shown), labels, f"{title}, {args.features} features")
+    return grid_image(tiles, len(shown), labels, f"{title}, {features} features")
 
 
 def feature_picture(name, photos, maps):
-    """Photos [n, H, W, 3] above the principal components of their features [n, C, h, w]."""
+    """Draw photos [n, H, W, 3] above the principal components of their features [n, C, h, w]."""
     colours = component_colours(maps.flatten(2).transpose(1, 2), maps.shape[2:])
-    tiles = np.concatenate([enlarge(x, 160) for x in (photos, colours)])
-    return svg.grid_image(tiles, len(photos), title=f"{name}: principal components as RGB")
+    tiles = np.concatenate([enlarge(photos, 160), enlarge(colours, 160)])
+    return grid_image(tiles, len(photos), title=f"{name}: principal components as RGB")
 
 
 def hidden_picture(title, times, decoded, features, hidden):
-    """Per layer the principal components of its tokens, a column for each t; above them what x_t decodes to
-    [T, H, W, 3] and the encoder's channels [1, N, C]. hidden: {name: tokens [T, N, C]}.
+    """Draw a column for each t, and for each layer a row of the principal components of its tokens.
+
+    Above them stand what x_t decodes to [T, H, W, 3] and the encoder's channels [1, N, C]. hidden: {name of
+    the layer: tokens [T, N, C]}.
     """
     def colours(x):
-        return enlarge(component_colours(x, (math.isqrt(x.shape[1]),) * 2), 128)
+        side = math.isqrt(x.shape[1])
+        return enlarge(component_colours(x, (side, side)), 128)
 
+    blank = np.full((1, 128, 128, 3), 255, np.uint8)
     tiles = [enlarge(decoded, 128), colours(features)]
     labels = [*(f"x_t decoded, t {t:.2f}" for t in times), f"encoder channels, t {times[-1]:g}"]
     for name, x in hidden.items():
-        x = F.layer_norm(x - x.mean(1, keepdim=True), x.shape[-1:])  # size and mean change with t, far more
-        tiles += [colours(x), np.full((1, 128, 128, 3), 255, np.uint8)]
+        # Size and mean change with t, far more than what differs from token to token.
+        x = F.layer_norm(x - x.mean(1, keepdim=True), x.shape[-1:])
+        tiles += [colours(x), blank]
         labels += [*(f"{name}, t {t:.2f}" for t in times), ""]
     title += ": principal components of hidden states"
-    return svg.grid_image(np.concatenate(tiles), len(times) + 1, labels, title)
+    return grid_image(np.concatenate(tiles), len(times) + 1, labels, title)
+
+
+# -- Points in the plane -----------------------------------------------------------------------------------
+
+def dot(pen, x, y, radius, colour):
+    """Draw a filled circle."""
+    pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
 
 def class_colours(count):
-    """Distinct RGB colours: hues in turn, every second one darker."""
+    """Return distinct RGB colours: hues in turn, every second one darker."""
     rgb = [colorsys.hsv_to_rgb(i / count, 0.9, 0.9 if i % 2 else 0.6) for i in range(count)]
     return [tuple(int(255 * v) for v in c) for c in rgb]
 
 
 def space_picture(panels, labels, classes, side=300):
-    """t-SNE maps side by side, coloured by class, with the numbers above and the classes below."""
-    colours, columns = class_colours(len(classes)), 2 * len(panels)
+    """Draw t-SNE maps side by side, coloured by class, with the numbers above and the classes below.
+
+    panels: (name, {name: number}, points [n, 2]) of each; labels [n]: class numbers of the points.
+    """
+    colours = class_colours(len(classes))
     shown = classes[:40]
-    sheet = Image.new("RGB", (len(panels) * side, side + 90 + 16 * -(-len(shown) // columns)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    columns = 2 * len(panels)
+    height = side + 90 + 16 * -(-len(shown) // columns)
+    sheet = Image.new("RGB", (len(panels) * side, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
     big = ImageFont.load_default(14)
     pen.text((8, 4), "t-SNE of whole latents, coloured by class", fill="black", font=big)
     for k, (name, numbers, xy) in enumerate(panels):
-        pen.text((k * side + 8, 28), name, fill="black", font=big)
+        left = k * side
         text = "  ".join(f"{a} {b:.2f}" for a, b in numbers.items())
-        pen.text((k * side + 8, 48), text, fill="black", font=font)
-        pen.rectangle((k * side + 4, 68, (k + 1) * side - 4, side + 68), outline="#bbbbbb")
+        pen.text((left + 8, 28), name, fill="black", font=big)
+        pen.text((left + 8, 48), text, fill="black", font=font)
+        pen.rectangle((left + 4, 68, left + side - 4, side + 68), outline="#bbbbbb")
         xy = (xy - xy.min(0)) / np.ptp(xy, 0).max()
         xy += (1 - xy.max(0)) / 2
-        for (x, y), c in zip(xy * (side - 28) + (k * side + 14, 80), labels, strict=True):
-            pen.ellipse((x - 2.5, y - 2.5, x + 2.5, y + 2.5), fill=colours[c])
+        for (x, y), c in zip(xy * (side - 28) + (left + 14, 80), labels, strict=True):
+            dot(pen, x, y, 2.5, colours[c])
     for i, name in enumerate(shown):
-        x, y = i % columns * (side // 2) + 10, side + 76 + i // columns * 16
-        pen.ellipse((x, y + 3, x + 8, y + 11), fill=colours[i])
+        x = i % columns * (side // 2) + 10
+        y = side + 76 + i // columns * 16
+        dot(pen, x + 4, y + 7, 4, colours[i])
         pen.text((x + 14, y), name, fill="black", font=font)
     return sheet
 
 
-# -- Mean velocity fields of two classes (figure 4b) -------------------------------------------------------
-
-BLOBS = torch.tensor([[x, y] for x in (-2.0, 2.0) for y in (-0.8, 0.0, 0.8)])  # two groups of three
-SIGMA = 0.15  # their standard deviation
-LAYOUT = {"entangled": [[0, 2, 4], [1, 3, 5]], "separated": [[0, 1, 2], [3, 4, 5]]}  # blobs of each class
-
-
-def mean_velocity(x, t, blobs):
-    """E[data - noise | x_t = x] in closed form, x [B, 1, 2], t [B], for data in Gaussian blobs [B, k, 2]."""
-    t = t.view(-1, 1, 1)
-    variance, away = (1 - t) ** 2 + (t * SIGMA) ** 2, x - t * blobs
-    share = torch.softmax(-away.square().sum(2, keepdim=True) / (2 * variance), 1)  # of each blob, given x
-    return (share * (blobs + (t * SIGMA ** 2 - (1 - t)) / variance * away)).sum(1, keepdim=True)
+def draw_arrow(pen, place, spot, move, colour):
+    """Draw an arrow at a spot [2] of the plane; place: point of the plane -> pixels."""
+    move = 0.055 * move
+    across = 0.3 * torch.stack([-move[1], move[0]])
+    pen.line((*place(spot), *place(spot + 0.8 * move)), fill=colour, width=2)
+    head = (move, 0.5 * move + across, 0.5 * move - across)
+    pen.polygon([place(spot + corner) for corner in head], fill=colour)
 
 
-def toy_picture(panels, y, side=380):
-    """Per panel the mean velocity at t = 0.5 of both classes, and below it where 5 Euler steps arrive."""
-    colours, head = ("#d95f02", "#1f78b4"), 66
-    sheet = Image.new("RGB", (2 * side + 24, 2 * side + head + 70), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+def toy_picture(panels, spots, y, side=380):
+    """Draw per panel the mean velocity at t = 0.5 of two classes, and where 5 Euler steps arrive.
+
+    panels: (kind, {steps: error}, blobs [class, k, 2], velocities [class, n, 2] at the spots [n, 2], ends
+    [m, 2]) of each; y [m]: the classes of the ends.
+    """
+    colours = ("#d95f02", "#1f78b4")
+    sheet = Image.new("RGB", (2 * side + 24, 2 * side + 136), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
     title = "Mean velocity field of two classes (figure 4b), computed: same data, other labels"
     pen.text((8, 4), title, fill="black", font=ImageFont.load_default(15))
-    for k, name in enumerate(("class A", "class B")):
-        pen.ellipse((10 + 90 * k, 29, 20 + 90 * k, 39), fill=colours[k])
-        pen.text((24 + 90 * k, 26), name, fill="black", font=font)
+    for c, name in enumerate(("class A", "class B")):
+        dot(pen, 15 + 90 * c, 34, 5, colours[c])
+        pen.text((24 + 90 * c, 26), name, fill="black", font=font)
     pen.text((200, 26), "rings: the data; arrows: where a class's flow goes on average; axes from -3 to 3",
              fill="black", font=font)
-    line = torch.linspace(-2.6, 2.6, 10)
-    spots = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 1, 2)
-    for k, (kind, velocity, ends, numbers) in enumerate(panels):
-        left = 8 + k * (side + 8)
-        errors = ", ".join(f"{v:.3f} ({n.removeprefix('error_')})" for n, v in numbers.items())
-        titles = f"{kind}: velocity at t = 0.5", f"5 Euler steps; error by steps: {errors}"
-        for row, title in enumerate(titles):
-            top = head + row * (side + 28)
 
-            def place(p, left=left, top=top + 18):
-                return left + (float(p[0]) + 3) / 6 * side, top + (3 - float(p[1])) / 6 * side
+    def square(left, top, title, blobs):
+        """Draw title, frame and rings of a square; return the function from its plane to pixels."""
+        def place(point):
+            x, y = point.tolist()
+            return left + (x + 3) / 6 * side, top + (3 - y) / 6 * side
 
-            pen.text((left, top - 2), title, fill="black", font=font)
-            pen.rectangle((*place((-3, 3)), *place((3, -3))), outline="#999999")
-            for i, blob in enumerate(BLOBS):
-                colour = colours[[i in c for c in LAYOUT[kind]].index(True)]
-                corner = torch.tensor([0.3, -0.3])
+        pen.text((left, top - 20), title, fill="black", font=font)
+        pen.rectangle((left, top, left + side, top + side), outline="#999999")
+        corner = torch.tensor([0.3, -0.3])
+        for colour, blobs_of_class in zip(colours, blobs, strict=True):
+            for blob in blobs_of_class:
                 pen.ellipse((*place(blob - corner), *place(blob + corner)), outline=colour, width=3)
-            for c in (0, 1) if row == 0 else ():
-                moves = velocity(spots, torch.full((len(spots),), 0.5), torch.full((len(spots),), c))
-                for spot, move in zip(spots[:, 0], moves[:, 0], strict=True):
-                    move = 0.055 * move
-                    side_step = 0.3 * torch.stack([-move[1], move[0]])
-                    pen.line((*place(spot), *place(spot + 0.8 * move)), fill=colours[c], width=2)
-                    head_points = move, 0.5 * move + side_step, 0.5 * move - side_step
-                    pen.polygon([place(spot + p) for p in head_points], fill=colours[c])
-            for point, c in zip(ends[:600], y.tolist(), strict=False) if row else ():
-                if point.abs().max() < 2.95:
-                    x0, y0 = place(point)
-                    pen.ellipse((x0 - 1.5, y0 - 1.5, x0 + 1.5, y0 + 1.5), fill=colours[c])
+        return place
+
+    for k, (kind, errors, blobs, velocities, ends) in enumerate(panels):
+        left = 8 + k * (side + 8)
+        place = square(left, 84, f"{kind}: velocity at t = 0.5", blobs)
+        for c in (0, 1):
+            for spot, move in zip(spots, velocities[c], strict=True):
+                draw_arrow(pen, place, spot, move, colours[c])
+        text = ", ".join(f"{error:.3f} ({steps})" for steps, error in errors.items())
+        place = square(left, side + 112, f"5 Euler steps; error by steps: {text}", blobs)
+        for end, c in zip(ends, y.tolist(), strict=True):
+            if end.abs().max() < 2.95:
+                dot(pen, *place(end), 1.5, colours[c])
     return sheet

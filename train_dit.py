@@ -5,159 +5,190 @@
     python train_dit.py --model XL --batch 32 --bench 20                       # speed and memory, no files
 
 Finds the newest stage-1 run (or takes --ae) and records its fingerprint. Writes runs/<name>/ like stage 1,
-with samples labelled by class as previews. The same command goes on from last.pt.
+with samples labelled by class as previews. The same command resumes from last.pt.
 """
 import copy
 
 import torch
 
-import demo
+import data
+import figures
+import files
+import runs
 import svg
+from files import UserError
+
+DEMO = {  # what --demo changes
+    "data": "shapes/train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 2700,
+    "ema_decay": 0.99, "log_every": 100, "save_every": 900, "preview_every": 900, "workers": 0}
 
 
 def parse_args():
-    """The command line; UserError for a flag that is wrong or out of place."""
-    p = svg.Parser(__doc__)
-    p.demo = demo.TRAIN_DIT
-    svg.add_training_flags(p, batch=256, lr=1e-4, steps=400_000)
-    p.add_argument("--model", default="XL", help="B, L, XL, or layers,width,heads")
-    p.add_argument("--ae", help="stage-1 checkpoint, ours or the authors'; default: the newest run")
-    p.add_argument("--latent-stats", help="a statistics file instead of the autoencoder's own mean and std")
-    p.add_argument("--shift", type=svg.number(above=0), default=0.4, help="timestep shift in training")
-    p.add_argument("--label-dropout", type=svg.number(0, 1), default=0.1,
-                   help="share of images trained without class")
-    p.add_argument("--ema-decay", type=svg.number(0, 1), default=0.9999,
-                   help="decay of the averaged weights per step")
-    p.add_argument("--preview-steps", type=svg.positive, default=10,
-                   help="Euler steps of the preview samples")
-    p.add_argument("--preview-guidance", type=svg.number(), default=4.0,
-                   help="guidance of the preview samples")
-    return p.parse_args()
+    """Parse the command line."""
+    parser = runs.Parser(__doc__, DEMO)
+    runs.add_training_flags(parser, "dit", batch=256, lr=1e-4, steps=400_000)
+    add = parser.add_argument
+    add("--model", type=model_size, default="XL", help="B, L, XL, or layers,width,heads")
+    add("--ae", help="stage-1 checkpoint, ours or the authors'; default: the newest run")
+    add("--latent-stats", help="a statistics file instead of the autoencoder's own mean and std")
+    add("--shift", type=runs.number(above=0), default=0.4, help="timestep shift in training")
+    add("--label-dropout", type=runs.number(0, 1), default=0.1, help="share of images trained without class")
+    add("--ema-decay", type=runs.number(0, 1), default=0.9999, help="decay of the averaged weights per step")
+    add("--preview-steps", type=runs.positive, default=10, help="Euler steps of the preview samples")
+    add("--preview-guidance", type=runs.number(), default=4.0, help="guidance of the preview samples")
+    return parser.parse_args()
 
 
 def model_size(text):
-    """"XL" or "6,192,4" (layers, width, heads) -> what SiT takes."""
-    if text in svg.SIT_SIZES:
-        return text
-    try:
-        depth, dim, heads = map(int, text.split(","))
-    except ValueError:
-        raise svg.UserError(f"--model {text}: give B, L, XL, or layers,width,heads such as 6,192,4") from None
-    if min(depth, dim, heads) < 1 or dim % heads or dim % 4:
-        raise svg.UserError(f"--model {text}: the width must be a multiple of 4 and of the heads")
-    return {"depth": depth, "dim": dim, "heads": heads}
+    """Check "XL" or "6,192,4" (layers, width, heads), an argparse type; the text stays as it is."""
+    if text not in svg.SIT_SIZES:
+        numbers = [int(n) if n.isdecimal() else 0 for n in text.split(",")]
+        if len(numbers) != 3 or 0 in numbers:
+            raise UserError(f"--model {text}: give B, L, XL, or layers,width,heads such as 6,192,4")
+        _, dim, heads = numbers
+        if dim % heads or dim % 4:
+            raise UserError(f"--model {text}: the width must be a multiple of 4 and of the heads")
+    return text
 
 
-def find_autoencoder(args):
-    """The autoencoder, and where it was found; for --bench demo.pt's or a fresh one of the paper's size."""
-    if args.bench and not (args.demo or args.ae):
-        ae = svg.Autoencoder(svg.fresh_encoder("dinov3_vits16plus"))
+def build_sit(size, ae, num_classes):
+    """Return a new transformer for the latents of an autoencoder."""
+    if size not in svg.SIT_SIZES:
+        depth, dim, heads = map(int, size.split(","))
+        size = {"depth": depth, "dim": dim, "heads": heads}
+    return svg.SiT(size, ae.channels, num_classes, ae.grid)
+
+
+def open_autoencoder(args):
+    """Return the autoencoder, and the path of its file; with --bench an untrained one of the paper's size."""
+    if args.bench and not args.ae:
+        name = "dinov3_vits16plus"
+        ae = svg.Autoencoder(svg.Encoder(svg.ViT(**svg.ENCODERS[name]), name, name))
         ae.alignment_batches.fill_(1)
         return ae, None
-    path = args.ae or (demo.ENCODER if args.bench else svg.latest_run("ae", demo=args.demo))
+    path = args.ae or runs.latest_run("ae", demo=args.demo)
     if not path:
-        raise svg.UserError("no stage-1 run below runs/: run train_ae.py" + (" --demo" if args.demo else "")
-                            + " first, or name a checkpoint by --ae")
+        raise UserError("no stage-1 run below runs/: run train_ae.py first (for --demo with --demo), or name "
+                        "a checkpoint by --ae")
     return svg.load_autoencoder(path, weights_dir=args.weights), path
 
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """ema = decay * ema + (1 - decay) * model, for every parameter."""
+    """Set ema = decay * ema + (1 - decay) * model, for every parameter."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def main():
-    """Stage 2, from the flags to the last checkpoint."""
+    """Run stage 2, from the flags to the last checkpoint."""
     args = parse_args()
-    size = model_size(args.model)
-    device, share = svg.setup(args.precision), svg.local_batch(args)
-    ae, path = find_autoencoder(args)
-    ae = ae.to(device).eval().requires_grad_(False)
-    if args.bench:
-        classes, run, checkpoint = [str(i) for i in range(1000)], None, None
-    else:
-        data = demo.dataset("train") if args.demo else svg.open_data(args.data, ae.image_size, seed=args.seed)
-        classes = data.classes
-        run = svg.Run("dit", args, {"trained_on": ae.fingerprint, "num_classes": len(classes),
-                                  **svg.identity(data)})
-        checkpoint = run.resume()
-        if checkpoint:
-            ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
-        elif args.latent_stats:
-            ae.set_latent_stats(*svg.load_latent_stats(args.latent_stats))
-        elif not ae.measured:  # the authors' autoencoder, or one whose training was stopped
-            ae.measure(data, 10_000, share, args.workers)
+    device = runs.setup(args.precision)
+    local_batch = runs.local_batch(args)
 
+    # Autoencoder and data.
+    ae, ae_path = open_autoencoder(args)
+    ae.to(device).eval().requires_grad_(False)
+    if args.bench:
+        classes = [str(i) for i in range(1000)]
+    else:
+        dataset = data.open_data(args.data, ae.image_size, seed=args.seed)
+        classes = dataset.classes
+        run = runs.Run("dit", args, {"trained_on": ae.fingerprint, "num_classes": len(classes),
+                                     **data.dataset_identity(dataset)})
+
+    # Model and optimiser.
     torch.manual_seed(args.seed)  # every rank starts from the same weights
-    model = svg.SiT(size, ae.channels, len(classes), ae.grid).to(device)
+    model = build_sit(args.model, ae, len(classes)).to(device)
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0,
                             fused=device.type != "mps")
-    step = 0
-    if checkpoint:
-        step = checkpoint["step"]
-        svg.strict_load(model, checkpoint["model"], run.last, "the same transformer")
-        for target, key in ((ema, "ema"), (opt, "opt")):
-            target.load_state_dict(checkpoint[key])
-        opt.param_groups[0]["lr"] = args.lr
     if args.compile:
-        svg.compile_blocks(model, ae.encoder.vit, *([ae.residual] if ae.channels > ae.encoder.dim else []))
-    velocity = svg.data_parallel(model) if svg.world_size() > 1 else model
-    local = slice(svg.rank() * share, (svg.rank() + 1) * share)  # this rank's part of the global batch
+        runs.compile_blocks(model, ae.encoder.vit)
+        if ae.channels > ae.feature_channels:
+            runs.compile_blocks(ae.residual)
+    parallel_model = runs.data_parallel(model)
+    mine = slice(runs.rank() * local_batch, (runs.rank() + 1) * local_batch)  # of the global batch
 
     def train_step(step, images, y):
-        """One optimiser step on uint8 images [B, H, W, 3] and labels: loss, gradient norm, skipped or not."""
-        svg.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
-        flip, drop, u = torch.rand(3, args.batch, device=device)[:, local][:, :len(images)]
-        epsilon = torch.randn(args.batch, ae.grid ** 2, ae.channels, device=device)[local][:len(images)]
-        images, y = svg.to_float(images, device), y.to(device, non_blocking=True)
+        """Step the optimiser on uint8 images [B, H, W, 3] and labels [B]: loss, gradient norm, skipped."""
+        runs.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
+        flip, drop, u = torch.rand(3, args.batch, device=device)[:, mine][:, :len(images)]
+        noise = torch.randn(args.batch, ae.grid ** 2, ae.channels, device=device)[mine][:len(images)]
+        images = data.to_float(images, device)
         images = torch.where((flip < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
-        y = svg.drop_labels(y, model.num_classes, args.label_dropout, drop)
+        y = svg.drop_labels(y.to(device, non_blocking=True), model.num_classes, args.label_dropout, drop)
         opt.zero_grad(set_to_none=True)
         total = 0
-        for x, labels, *draws in svg.micro_batches(args.accumulate, [velocity], images, y, u, epsilon):
-            with svg.autocast(device, args.precision):
+        for x, labels, *draws in runs.micro_batches(args.accumulate, [parallel_model], images, y, u, noise):
+            with runs.autocast(device, args.precision):
                 with torch.no_grad():
                     latents = ae.normalize(ae.encode(x))
-                loss = svg.flow_loss(velocity, latents, labels, args.shift, *draws).sum() / len(images)
+                losses = svg.flow_loss(parallel_model, latents, labels, args.shift, *draws)
+                loss = losses.sum() / len(images)
             loss.backward()
             total = total + loss.detach()
-        norm, skipped = svg.optimizer_step(opt, clip=args.clip)
+        grad_norm, skipped = runs.optimizer_step(opt, clip=args.clip)
         update_ema(ema, model, args.ema_decay)
-        return total, norm, skipped
+        return total, grad_norm, skipped
 
     if args.bench:
         def make(n):
-            images = svg.synthetic_images(n, ae.image_size, device)
+            images = runs.synthetic_images(n, ae.image_size, device)
             return lambda: train_step(1, images, torch.arange(n) % len(classes))
 
-        return svg.bench(args, device, make, args.batch, script="train_dit", model=args.model)
+        runs.bench(args, device, make, args.batch, script="train_dit", model=args.model)
+        return
 
-    labels = torch.arange(16, device=device) % len(classes)
-    noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
-    batches = svg.loader(data, args.batch, args.seed, step, args.workers, device)
+    # The run to resume, or the latents' mean and std to start with.
+    step = 0
+    checkpoint = run.resume()
+    if checkpoint:
+        step = checkpoint["step"]
+        files.strict_load(model, checkpoint["model"], run.last, "the same transformer")
+        ema.load_state_dict(checkpoint["ema"])
+        opt.load_state_dict(checkpoint["opt"])
+        opt.param_groups[0]["lr"] = args.lr
+        ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
+    elif args.latent_stats:
+        ae.set_latent_stats(*files.load_latent_stats(args.latent_stats))
+    elif not ae.measured:  # the authors' autoencoder, or one whose training was stopped
+        some_images = (dataset, 10_000, local_batch, args.workers, device)
+        if not ae.aligned:
+            ae.measure_alignment(data.spread_batches(*some_images))
+        ae.measure_latents(data.spread_batches(*some_images))
+    preview_labels = torch.arange(16, device=device) % len(classes)
+    preview_noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
+    batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
+
+    # Train.
     stop = run.stopped()
     while step < args.steps and not stop:
         images, y, corrupt = next(batches)
-        run.report_corrupt(data, corrupt)
-        loss, norm, skipped = train_step(step, images, y)
-        step, stop = step + 1, run.stopped()
-        run.record(step, {"loss": loss}, norm, skipped)
+        run.report_corrupt(dataset, corrupt)
+        loss, grad_norm, skipped = train_step(step, images, y)
+        step += 1
+        stop = run.stopped()
+        run.record(step, {"loss": loss}, grad_norm, skipped)
+
+        # Preview.
         if step % args.preview_every == 0 or step == args.steps:
-            with torch.no_grad(), svg.autocast(device, args.precision):
-                z = svg.euler_sample(ema, noise, labels, args.preview_steps, args.preview_guidance)
-                samples = svg.to_uint8(ae.decode(ae.denormalize(z)))
-            run.picture(step, svg.grid_image(samples, 8, [classes[i] for i in labels.tolist()], (
-                f"{run.path} step {step}: {args.preview_steps} steps, guidance {args.preview_guidance:g}")))
+            with torch.no_grad(), runs.autocast(device, args.precision):
+                z = svg.euler_sample(ema, preview_noise, preview_labels, args.preview_steps,
+                                     args.preview_guidance)
+                samples = data.to_uint8(ae.decode(ae.denormalize(z)))
+            names = [classes[i] for i in preview_labels.tolist()]
+            title = f"{run.path} step {step}: {args.preview_steps} steps, guidance {args.preview_guidance:g}"
+            run.picture(step, figures.grid_image(samples, 8, names, title))
+
+        # Save.
         if step % args.save_every == 0 or step == args.steps or stop:
             run.save({"kind": "sit", "config": model.config, "step": step, "classes": classes,
                       "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                       "latent_mean": ae.latent_mean, "latent_std": ae.latent_std,
-                      "autoencoder": {"path": str(path), "fingerprint": ae.fingerprint}})
+                      "autoencoder": {"path": str(ae_path), "fingerprint": ae.fingerprint}})
     run.end(step)
 
 
 if __name__ == "__main__":
-    svg.run_main(main)
+    runs.run_main(main)

@@ -1,0 +1,376 @@
+"""Images: decoding and cropping, folders of images, packed sets, the reproducible stream of a training run.
+
+    python data.py pack imagenet/train imagenet/train-256     # decode a tree of class folders once
+
+Every dataset here maps an item (index, position) to (uint8 [size, size, 3], label, index of a corrupt file
+or -1), and has `classes`, `labels` and `name(index)`. `position` is the item's place in the endless stream of
+a run; it seeds the random crop.
+"""
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+import files
+import runs
+import shapes
+from files import UserError
+
+# -- One image ---------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def open_rgb(path):
+    """Decode any mode that Pillow opens into an upright 8-bit RGB image."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bits; convert() would clip, not scale
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+            return image.convert("RGB")
+    except Exception as e:  # Pillow's decoders raise nearly everything for damaged files
+        raise UserError(f"{path}: not a readable image ({files.short_error(e)})") from e
+
+
+def adm_resize(image, size):
+    """Shrink as ADM does: halve with a box filter while the short side is >= 2*size, then bicubic to it."""
+    while min(image.size) >= 2 * size:
+        image = image.resize([n // 2 for n in image.size], Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC)
+
+
+def crop(image, size, rng=None):
+    """Shrink the ADM way and crop to uint8 [size, size, 3]: the centre, or with a generator at random."""
+    array = np.asarray(adm_resize(image, size))
+    free = np.array(array.shape[:2]) - size
+    y, x = free // 2 if rng is None else rng.integers(0, free + 1)
+    return array[y:y + size, x:x + size].copy()  # torch warns of views of Pillow's read-only memory
+
+
+def to_float(images, device):
+    """Convert uint8 [B, H, W, 3] on the host to float [B, 3, H, W] in [-1, 1] on the device."""
+    return images.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_uint8(images):
+    """Convert float [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3], rounded, in NumPy."""
+    images = (images.float() * 127.5 + 127.5).round().clamp(0, 255)
+    return images.byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# -- A tree of class folders -------------------------------------------------------------------------------
+
+def is_image(name):
+    """Whether a file name has the suffix of an image."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def list_images(folder):
+    """Return the sorted image files below a folder."""
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
+                  for name in names if is_image(name))
+
+
+def walk_tree(root):
+    """Return an image tree as arrays: classes, names and labels of the images, folders and their times.
+
+    names and folders are paths below the root; times say when each folder last changed.
+    """
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    names = []
+    labels = []
+    times = {".": os.stat(root).st_mtime_ns}
+    for label, class_name in enumerate(classes):
+        found = []
+        for where, _, inside in os.walk(os.path.join(root, class_name), followlinks=True):
+            times[os.path.relpath(where, root)] = os.stat(where).st_mtime_ns
+            found += [os.path.join(where, name) for name in inside if is_image(name)]
+        names += [os.path.relpath(path, root) for path in sorted(found)]
+        labels += [label] * len(found)
+    # Arrays of bytes, not lists of str: workers share an array, copies of a list would grow with every epoch.
+    return {"classes": np.array(classes, str),
+            "names": np.array([os.fsencode(name) for name in names], bytes),
+            "labels": np.array(labels, np.int64),
+            "folders": np.array([os.fsencode(folder) for folder in times], bytes),
+            "times": np.array(list(times.values()), np.int64)}
+
+
+def index_tree(root):
+    """walk_tree, but from the cache ($XDG_CACHE_HOME/svg) while no folder of the tree has changed.
+
+    A file that was added, removed or renamed changes its folder's time.
+    """
+    root = os.path.realpath(root)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "svg"
+    cache /= hashlib.sha256(os.fsencode(root)).hexdigest()[:32] + ".npz"
+    with contextlib.suppress(UserError, KeyError, OSError):
+        index = files.load_npz(cache)
+        times = [os.stat(os.path.join(root, os.fsdecode(f))).st_mtime_ns for f in index["folders"]]
+        if np.array_equal(times, index["times"]):
+            return index
+    index = walk_tree(root)
+    if index["times"].max() < time.time_ns() - 2e9:  # a younger folder could change again without showing it
+        with contextlib.suppress(OSError, UserError):  # no home, a full disk: then without a cache
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            files.write_atomically(cache, lambda file: np.savez(file, **index))
+    return index
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """A tree root/class/image, in which the sorted class folders are the labels.
+
+    A corrupt image is replaced by the next good one and its index returned, for the caller to report.
+    """
+
+    def __init__(self, root, size, random_crop=False, seed=0):
+        if not os.path.isdir(root):
+            raise UserError(f"--data {root}: no such folder")
+        self.root = str(root)
+        self.size = size
+        self.random_crop = random_crop
+        self.seed = seed
+        if runs.rank() > 0:  # the first process walks the tree, the others read its cache
+            runs.barrier()
+        index = index_tree(root)
+        if runs.rank() == 0:
+            runs.barrier()
+        self.classes = index["classes"].tolist()
+        self.names = index["names"]
+        self.labels = index["labels"]
+        if len(self.names) == 0 and any(is_image(name) for name in os.listdir(root)):
+            raise UserError(f"--data {root}: images, but no class folders; sort them into one folder per "
+                            f"class")
+        if len(self.names) == 0:
+            raise UserError(f"--data {root}: no images in class folders (root/class/image.jpg), and not a "
+                            f"packed set")
+        self[0, 0]  # refuses a folder of corrupt images here, and not in a worker
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, index):
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
+
+    def __getitem__(self, item):
+        index, position = item
+        rng = np.random.default_rng((self.seed, position)) if self.random_crop else None
+        for i in range(index, index + len(self)):
+            i %= len(self)
+            with contextlib.suppress(UserError):
+                image = crop(open_rgb(self.name(i)), self.size, rng)
+                return image, int(self.labels[i]), -1 if i == index else index
+        raise UserError(f"--data {self.root}: no readable image in it")
+
+
+# -- A packed set ------------------------------------------------------------------------------------------
+
+class Packed(torch.utils.data.Dataset):
+    """A folder that `pack` wrote: images are centre crops, decoded already.
+
+    size: pixels that it must have been packed at, if that matters.
+    """
+
+    def __init__(self, root, size=None):
+        self.root = str(root)
+        try:
+            self.images = np.load(os.path.join(root, "images.npy"), mmap_mode="r")
+            self.labels = np.load(os.path.join(root, "labels.npy"))
+            self.classes = json.loads(Path(root, "classes.json").read_text())
+        except (OSError, ValueError, EOFError) as e:
+            raise UserError(f"--data {root}: not a whole packed set ({files.short_error(e)}); pack it "
+                            f"again") from e
+        square = self.images.shape[1:2] * 2
+        if self.images.dtype != np.uint8 or self.images.shape != (len(self.labels), *square, 3):
+            raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} "
+                            f"with {len(self.labels)} labels, not uint8 [N, size, size, 3]; pack it again")
+        if size and self.images.shape[1] != size:
+            raise UserError(f"--data {root}: packed at {self.images.shape[1]} pixels, needed at {size}: "
+                            f"pack it again with --size {size}")
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __reduce__(self):  # for loading processes that are not forked: map the file again, do not send it
+        return Packed, (self.root, self.images.shape[1])
+
+    def name(self, index):
+        return f"{self.root} image {index}"
+
+    def __getitem__(self, item):
+        index, _ = item
+        return np.array(self.images[index]), int(self.labels[index]), -1
+
+
+def open_data(root, size, random_crop=False, seed=0):
+    """Open the images in `root`: class folders, a packed set, or the built-in shapes/train, shapes/val."""
+    if str(root) in shapes.SPLITS:
+        if size != shapes.SIZE:
+            raise UserError(f"--data {root}: its images have {shapes.SIZE} pixels, needed at {size}")
+        return shapes.dataset(root)
+    if os.path.exists(os.path.join(root, "images.npy")):
+        return Packed(root, size)
+    return ImageFolder(root, size, random_crop, seed)
+
+
+def dataset_identity(dataset):
+    """Return what must not change about a dataset when a run resumes: labels, classes, how it crops."""
+    labels = np.asarray(dataset.labels, np.int64).tobytes()
+    return {"images": len(dataset),
+            "labels": hashlib.sha256(labels + json.dumps(dataset.classes).encode()).hexdigest(),
+            "crops": "random" if getattr(dataset, "random_crop", False) else "centre"}
+
+
+# -- Batches -----------------------------------------------------------------------------------------------
+
+def ignore_stop_signals(_):
+    """Keep a loading process alive while its run finishes a step and saves.
+
+    torchrun and clusters send their signals to every process. A second SIGTERM, as from the run, ends it.
+    """
+    os.setsid()
+    for signal_number in runs.STOP_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def batches_of(dataset, items, workers, pin=False):
+    """Return a DataLoader of the batches whose items the lists in `items` name."""
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=items, num_workers=workers, pin_memory=pin,
+        prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals)
+
+
+class Stream:
+    """This rank's items of an endless stream of batches, from global batch `start` on.
+
+    Each epoch is a new permutation of the dataset, one after the other with nothing dropped: a function of
+    (seed, position) alone.
+    """
+
+    def __init__(self, length, batch, seed, start):
+        self.length = length
+        self.batch = batch
+        self.seed = seed
+        self.start = start
+
+    def __iter__(self):
+        epoch = -1
+        local = self.batch // runs.world_size()
+        for step in range(self.start, sys.maxsize):
+            first = step * self.batch + runs.rank() * local
+            items = []
+            for position in range(first, first + local):
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                items.append((int(order[position % self.length]), position))
+            yield items
+
+
+def training_batches(dataset, batch, seed, start, workers, device):
+    """Return this rank's batches of the stream: uint8 [b, H, W, 3], labels [b], corrupt indices [b]."""
+    stream = Stream(len(dataset), batch, seed, start)
+    return iter(batches_of(dataset, stream, workers, pin=device.type == "cuda"))
+
+
+def spread_batches(dataset, count, batch, workers, device):
+    """Yield this rank's share of `count` images spread over the dataset: float [b, 3, H, W] in [-1, 1]."""
+    indices = np.linspace(0, len(dataset), min(count, len(dataset)), endpoint=False).astype(int)
+    indices = indices[runs.rank()::runs.world_size()].tolist()
+    chunks = [[(i, 0) for i in indices[j:j + batch]] for j in range(0, len(indices), batch)]
+    for images, _, _ in batches_of(dataset, chunks, workers):
+        yield to_float(images, device)
+
+
+# -- python data.py pack -----------------------------------------------------------------------------------
+
+HEADER = 128  # bytes before the first image of images.npy
+
+
+def pack(src, dst, size, workers=0):
+    """Decode and centre-crop an image tree `src` once, to `dst`.
+
+    Writes images.npy (uint8 [N, size, size, 3]), labels.npy and classes.json. Returns the number of images
+    and the names of the corrupt ones, which are left out. A stopped run resumes where it was; `dst` appears
+    when it is whole.
+    """
+    dataset = ImageFolder(src, size)
+    dst = Path(dst)
+    part = dst.with_name(dst.name + ".part")
+    if dst.exists():
+        raise UserError(f"{dst} already exists: give another name, or remove it")
+    part.mkdir(parents=True, exist_ok=True)
+
+    source = hashlib.sha256(b"\n".join([*dataset.names.tolist(), str(size).encode()])).hexdigest()
+    state = files.read_json(part / "state.json")
+    if state.get("source") != source:
+        state = {"source": source, "read": 0, "corrupt": []}
+    with open(part / "images.npy", "r+b" if state["read"] else "wb") as file:
+        write_images(file, dataset, state, part / "state.json", workers)
+        labels = np.delete(dataset.labels, state["corrupt"])
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)})
+        assert file.tell() == HEADER
+        os.fsync(file.fileno())
+    files.write_atomically(part / "labels.npy", lambda file: np.save(file, labels))
+    files.write_json(part / "classes.json", dataset.classes)
+    (part / "state.json").unlink()
+    part.rename(dst)
+    return len(labels), [dataset.name(i) for i in state["corrupt"]]
+
+
+def write_images(file, dataset, state, state_file, workers):
+    """Append the images after state["read"] to an open images.npy, and keep `state` on the disk."""
+    first = state["read"]
+    image_bytes = 3 * dataset.size ** 2
+    file.truncate(HEADER + (first - len(state["corrupt"])) * image_bytes)
+    file.seek(0, os.SEEK_END)
+    chunks = [[(i, 0) for i in range(start, min(start + 64, len(dataset)))]
+              for start in range(first, len(dataset), 64)]
+    start = time.time()
+    shown = 0.0
+    for images, _, corrupt in batches_of(dataset, chunks, workers):
+        file.write(images[corrupt < 0].numpy().tobytes())
+        state["corrupt"] += corrupt[corrupt >= 0].tolist()
+        state["read"] += len(images)
+        if time.time() - shown > 10 or state["read"] == len(dataset):
+            file.flush()
+            os.fsync(file.fileno())  # first the images, then the record that they are there
+            files.write_json(state_file, state)
+            shown = time.time()
+            rate = (state["read"] - first) / (shown - start)
+            left = runs.duration((len(dataset) - state["read"]) / rate)
+            print(f"{state['read']}/{len(dataset)}  {rate:.1f} images/s  {left} left", flush=True)
+
+
+def main():
+    """Run the `pack` command."""
+    parser = runs.Parser("Decode a tree of class folders once:\n\n"
+                         "    python data.py pack imagenet/train imagenet/train-256")
+    add = parser.add_argument
+    add("command", choices=["pack"])
+    add("src", help="folder of class folders of images")
+    add("dst", help="folder to write, for --data: images.npy, labels.npy, classes.json")
+    add("--size", type=runs.positive, default=256, help="pixels per side, cropped the ADM way")
+    add("--workers", type=runs.not_negative, default=os.cpu_count(), help="decoding processes")
+    args = parser.parse_args()
+    count, corrupt = pack(args.src, args.dst, args.size, args.workers)
+    for name in corrupt:
+        warnings.warn(f"{name}: not a readable image, left out")
+    print(f"{count} images in {args.dst}, {len(corrupt)} corrupt ones left out")
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,0 +1,335 @@
+"""Pictures from pictures, and walks through noise: reconstruct, redraw, interpolate.
+
+    python edit.py reconstruct val/ --out reconstructions            # encode and decode images of a folder
+    python edit.py redraw photo.jpg --box 60,40,200,180 --class 207  # paper, appendix C
+    python edit.py interpolate --class 207 --seeds 1 2 --frames 8    # paper, appendix D
+
+Each takes --help. Each writes its pictures into a folder, with a record (.json) and a labelled overview
+(.png) beside it.
+"""
+import argparse
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import figures
+import runs
+import svg
+from files import UserError
+from sample import (
+    add_flow_flags,
+    add_model_flags,
+    add_zero_init_flag,
+    class_numbers,
+    find_models,
+    images_of,
+    model_record,
+    newest_run,
+)
+
+# -- Reconstruction ----------------------------------------------------------------------------------------
+
+
+def target_names(folder):
+    """Return {name of the PNG to write: image file} for the images below a folder."""
+    targets = {}
+    for file in data.list_images(folder):
+        target = os.path.splitext(os.path.relpath(file, folder))[0] + ".png"
+        if target in targets:
+            raise UserError(f"{targets[target]} and {file} would both become {target}: rename one")
+        targets[target] = file
+    if not targets:
+        raise UserError(f"reconstruct {folder}: no images there")
+    return targets
+
+
+def reconstruct(args, device):
+    """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG."""
+    path = args.ae or newest_run("ae", args)
+    ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
+    check_alignment(ae, path, args)
+    targets = target_names(args.folder)
+    out = Path(args.out)
+    runs.claim_folder(out, {"reconstruct": args.folder, "autoencoder": ae.fingerprint, "align": args.align,
+                            "precision": args.precision}, args.overwrite)
+
+    # This rank's share of the images.
+    mine = list(targets)[runs.rank()::runs.world_size()]
+    for j in range(0, len(mine), args.batch):
+        originals = {}
+        for target in mine[j:j + args.batch]:
+            try:
+                originals[target] = data.crop(data.open_rgb(targets[target]), ae.image_size)
+            except UserError as e:
+                warnings.warn(f"{e}, left out")
+        if not originals:
+            continue
+        images = data.to_float(torch.from_numpy(np.stack(list(originals.values()))), device)
+        with torch.no_grad(), runs.autocast(device, args.precision):
+            images = data.to_uint8(ae.decode(ae.encode(images, args.align)))
+        for target, image in zip(originals, images, strict=True):
+            (out / target).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(out / target)
+    runs.barrier()
+    if runs.rank() != 0:
+        return
+
+    # Overview.
+    written = [target for target in targets if (out / target).exists()]
+    if not written:
+        raise UserError(f"reconstruct {args.folder}: no readable image there")
+    shown = [written[i] for i in np.linspace(0, len(written) - 1, min(10, len(written))).astype(int)]
+    pairs = [data.crop(data.open_rgb(targets[target]), ae.image_size) for target in shown]
+    pairs += [np.asarray(Image.open(out / target)) for target in shown]
+    overview = runs.sibling(out, ".png")
+    title = f"{Path(path).name}: originals above reconstructions"
+    figures.grid_image(np.stack(pairs), len(shown), title=title).save(overview)
+    print(f"{len(written)} images reconstructed by {path} in {out}/, overview in {overview}")
+
+
+def check_alignment(ae, path, args):
+    """Raise UserError if the autoencoder cannot encode with running alignment statistics."""
+    if args.align != "batch" and not ae.aligned:
+        raise UserError(f"{path} has no running alignment statistics (the authors' file has none): give "
+                        f"--align batch")
+
+
+# -- Redrawing a part of a picture (paper, appendix C) -----------------------------------------------------
+
+def edit_mask(photo_size, box, size, grid, outside=False):
+    """Return the weights [grid*grid, 1] of the new noise.
+
+    In the box they are a 2-D Gaussian about its centre, whose sigma is half the box, and 0 elsewhere; with
+    `outside` they are 0 in the box, and 1 minus the Gaussian elsewhere. The box is in pixels of the picture,
+    of photo_size (width, height); its central square, shrunk to `size` pixels, is what is encoded.
+    """
+    given = f"--box {','.join(map(str, box))}"
+    if max(box[0::2]) > photo_size[0] or max(box[1::2]) > photo_size[1]:
+        raise UserError(f"{given}: the picture has {photo_size[0]} x {photo_size[1]} pixels")
+    # The box in tokens of the central square.
+    scale = size / min(photo_size)
+    left, top = ((round(n * scale) - size) // 2 for n in photo_size)
+    x0, x1 = ((v * scale - left) * grid / size for v in box[0::2])
+    y0, y1 = ((v * scale - top) * grid / size for v in box[1::2])
+    y, x = torch.meshgrid(torch.arange(grid) + 0.5, torch.arange(grid) + 0.5, indexing="ij")
+    chosen = (x > x0) & (x < x1) & (y > y0) & (y < y1)
+    u = (x - (x0 + x1) / 2) / (x1 - x0)
+    v = (y - (y0 + y1) / 2) / (y1 - y0)
+    weights = torch.exp(-2 * (u * u + v * v))
+    if outside:
+        chosen = ~chosen
+        weights = 1 - weights
+        given += " --outside"
+    if not chosen.any():
+        raise UserError(f"{given}: no token has its centre there; a token is a square of "
+                        f"{size / grid / scale:.0f} pixels; only the central square is encoded")
+    return (chosen * weights).flatten().unsqueeze(1)
+
+
+def invert(model, latents, times):
+    """Run the flow back along rising `times` (the last is 1) without class: {t: state} at each of them."""
+    trajectory = {times[-1]: latents}
+
+    def record(t, x):
+        trajectory[t] = x
+        return x
+
+    no_class = torch.full(latents.shape[:1], model.num_classes, device=latents.device)
+    svg.euler_sample(model, latents, no_class, times[::-1], after=record)
+    return trajectory
+
+
+def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0)):
+    """Redraw normalised latents [1, N, C] as class y [1] where weights [N, 1] are above 0.
+
+    The rest stays, bit for bit. The flow is inverted to times[0]. There the noise is renewed by its weight w,
+    sqrt(1 - w^2) old + w new, and again after each step by the share in which the step lowers it, so that
+    what is new fades with 1 - t. Elsewhere the inverted trajectory is put back.
+    """
+    trajectory = invert(model, latents, times)
+    chosen = weights > 0
+    steps = {t: i for i, t in enumerate(times)}
+
+    def renew(t, x, old, share):
+        w = weights * share ** 0.5
+        new = svg.sample_noise(seed, [steps[t]], x.shape[1:]).to(x.device)
+        change = ((1 - w * w).sqrt() - 1) * old + w * new
+        return torch.where(chosen, x + (1 - t) * change, trajectory[t])
+
+    def after(t, x):
+        nonlocal state
+        t_from = times[steps[t] - 1]
+        velocity = (x - state) / (t - t_from)
+        noise = x - t * velocity  # where the step's straight line began
+        state = renew(t, x, noise, (t - t_from) / (1 - t_from))
+        return state
+
+    t = times[0]
+    noise = (trajectory[t] - t * latents) / (1 - t)
+    state = renew(t, trajectory[t], noise, 1.0)
+    return svg.euler_sample(model, state, y, times, guidance, zero_init=False, after=after,
+                            guidance_interval=guidance_interval)
+
+
+def redraw(args, device):
+    """Redraw the box of a picture as a class; the overview shows original, reconstruction, mask, edit."""
+    sit, ae, path = find_models(args, device, decode_only=False)
+    check_alignment(ae, path, args)
+    y = torch.tensor(class_numbers(args.classes, sit), device=device)
+    photo = data.open_rgb(args.photo)
+    weights = edit_mask(photo.size, args.box, ae.image_size, ae.grid, args.outside).to(device)
+    out = Path(args.out)
+    runs.claim_folder(out, {**model_record(sit, ae, args), "redraw": args.photo, "seed": args.seed,
+                            "box": args.box, "outside": args.outside, "t_edit": args.t_edit,
+                            "classes": args.classes, "align": args.align}, args.overwrite)
+    original = data.crop(photo, ae.image_size)
+    times = [args.t_edit, *(t for t in svg.euler_times(args.steps, args.shift) if t > args.t_edit)]
+    with torch.no_grad(), runs.autocast(device, args.precision):
+        image = data.to_float(torch.from_numpy(original)[None], device)
+        latents = ae.normalize(ae.encode(image, args.align)).float()
+        edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance,
+                              args.guidance_interval)
+        before, after = data.to_uint8(ae.decode(ae.denormalize(torch.cat([latents, edited]))))
+    if runs.rank() != 0:
+        return
+
+    # The result, and an overview beside its folder.
+    result = out / f"{Path(args.photo).stem}.png"
+    Image.fromarray(after).save(result)
+    mask = (weights.view(ae.grid, ae.grid, 1).cpu().numpy() * 255).round().astype(np.uint8)
+    mask = mask.repeat(ae.ratio, 0).repeat(ae.ratio, 1).repeat(3, 2)
+    labels = ("original", "reconstruction", "noise (white: all new)", f"edit: class {args.classes[0]}")
+    title = (f"{args.photo}: t_edit {args.t_edit:g}, {len(times) - 1} of {args.steps} Euler steps, guidance "
+             f"{args.guidance:g}, seed {args.seed}")
+    overview = runs.sibling(out, ".png")
+    tiles = np.stack([original, before, mask, after])
+    figures.grid_image(tiles, 4, labels, title, max(192, ae.image_size)).save(overview)
+    print(f"{result} and {overview}, by {path}")
+
+
+# -- Interpolation (paper, appendix D) ---------------------------------------------------------------------
+
+def interpolate_noise(a, b, weights, kind):
+    """Return noises [n, N, C] between a and b [N, C] at weights [n] of b.
+
+    kind: along the line (lerp), or along the great circle (slerp), which keeps the length that noise has.
+    """
+    w = weights.view(-1, 1, 1)
+    if kind == "lerp":
+        return (1 - w) * a + w * b
+    angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), 0).clamp(-1, 1))
+    if angle < 1e-4:  # the same seed twice
+        return a.expand(len(w), -1, -1)
+    return (((1 - w) * angle).sin() * a + (w * angle).sin() * b) / angle.sin()
+
+
+def interpolate(args, device):
+    """Write frames from the first sample of one seed to that of another, and a strip of them, per kind."""
+    sit, ae, path = find_models(args, device)
+    y = torch.tensor(class_numbers(args.classes, sit), device=device)
+    out = Path(args.out)
+    runs.claim_folder(out, {**model_record(sit, ae, args), "interpolate": args.kind, "seeds": args.seeds,
+                            "frames": args.frames, "classes": args.classes}, args.overwrite)
+    a, b = (svg.sample_noise(seed, [0], (sit.grid ** 2, sit.channels))[0] for seed in args.seeds)
+    weights = torch.linspace(0, 1, args.frames)
+    labels = [f"{w:.2f}" for w in weights]
+    labels[-1] = f"seed {args.seeds[1]}"
+    labels[0] = f"seed {args.seeds[0]}"
+    for kind in args.kind:
+        noise = interpolate_noise(a, b, weights, kind).to(device)
+        frames = np.concatenate([images_of(sit, ae, part, y.expand(len(part)), args)
+                                 for part in noise.split(args.batch)])
+        if runs.rank() == 0:
+            for i, frame in enumerate(frames):
+                Image.fromarray(frame).save(out / f"{kind}-{i:06d}.png")
+            title = f"{kind}, class {args.classes[0]}: {args.steps} Euler steps, guidance {args.guidance:g}"
+            strip = runs.sibling(out, f"-{kind}.png")
+            figures.grid_image(frames, len(frames), labels, title).save(strip)
+            print(f"{out}/{kind}-*.png and {strip}, by {path}")
+
+
+# -- The command -------------------------------------------------------------------------------------------
+
+def box(text):
+    """Parse "x0,y0,x1,y1", a rectangle in whole pixels (an argparse type)."""
+    values = [int(v) if v.strip().isdecimal() else -1 for v in text.split(",")]
+    if len(values) != 4 or min(values) < 0 or values[0] >= values[2] or values[1] >= values[3]:
+        raise argparse.ArgumentTypeError(f"'{text}' is not x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1")
+    return values
+
+
+def add_align_flag(add):
+    """Add --align."""
+    add("--align", choices=("running", "batch"),
+        help="alignment statistics of encoding (default: running; the authors' checkpoint allows only batch)")
+
+
+def add_class_flag(add):
+    """Add --class, one class."""
+    add("--class", dest="classes", nargs=1, required=True, help="number or name of the class")
+
+
+def parse_args():
+    """Parse the command line."""
+    parser = runs.Parser(__doc__)
+    commands = parser.add_subparsers(required=True, metavar="reconstruct | redraw | interpolate")
+
+    def add_command(function, out):
+        command = commands.add_parser(function.__name__, doc=function.__doc__)
+        command.set_defaults(function=function)
+        add = command.add_argument
+        add("--out", default=out, help="folder to write")
+        add("--overwrite", action="store_true", help="replace what another run left in --out")
+        add("--precision", choices=("fp32", "tf32", "bf16"), help="of the models' arithmetic",
+            default="bf16" if torch.cuda.is_available() else "fp32")
+        return command
+
+    add = add_command(reconstruct, "reconstructions").add_argument
+    add("folder", help="folder of images, of any depth")
+    add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
+    add("--ae", help="autoencoder checkpoint (default: the newest run, else demo.pt)")
+    add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
+    add("--batch", type=runs.positive, default=64, help="images at a time and process")
+    add_align_flag(add)
+
+    command = add_command(redraw, "edit")
+    command.set_defaults(zero_init=False)
+    add = command.add_argument
+    add("photo", help="the picture")
+    add("--box", type=box, required=True, metavar="X0,Y0,X1,Y1", help="what to redraw, in its pixels")
+    add("--outside", action="store_true", help="redraw all but the box")
+    add_class_flag(add)
+    add("--t-edit", type=runs.number(0, 0.99), default=0.2,
+        help="how far the flow is inverted, of 1 (data) to 0 (noise); lower changes more")
+    add("--seed", type=runs.not_negative, default=0, help="of the new noise")
+    add_align_flag(add)
+    add_flow_flags(add, steps=100, shift=0.4)  # paper, appendix C
+    add_model_flags(add)
+
+    add = add_command(interpolate, "interpolation").add_argument
+    add_class_flag(add)
+    add("--seeds", type=runs.not_negative, nargs=2, required=True, metavar=("A", "B"), help="both ends")
+    add("--frames", type=runs.positive, default=8, help="pictures, both ends included")
+    add("--kind", nargs="+", choices=("slerp", "lerp"), default=["slerp", "lerp"],
+        help="along the great circle, along the line")
+    add("--batch", type=runs.positive, default=64, help="images at a time")
+    add_flow_flags(add, steps=25, shift=0.15)
+    add_zero_init_flag(add)
+    add_model_flags(add)
+    return parser.parse_args()
+
+
+def main():
+    """Run the command that the first argument names."""
+    args = parse_args()
+    args.function(args, runs.setup(args.precision))
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

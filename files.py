@@ -1,0 +1,376 @@
+"""Files: atomic writes, checkpoints, other file formats, the layouts of published weights, downloads.
+
+A file is written whole or not at all. A file that cannot be used ends in a UserError that names it and says
+what to do.
+"""
+import hashlib
+import json
+import os
+import re
+import struct
+import sys
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """An error that the user can fix: programs show it as one line and exit with code 2."""
+
+
+def short_error(error):
+    """The first 90 characters of an exception, for a message of one line."""
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:90]
+
+
+# -- Writing -----------------------------------------------------------------------------------------------
+
+def write_atomically(path, write):
+    """Call write(file) on a temporary file beside `path`, sync it to the disk and rename it to `path`.
+
+    Raises UserError if that fails; a file that was there before is then intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"{path}: not written ({reason}): make room, or give another place; a previous file "
+                        f"of that name is intact") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a value as JSON, atomically; what JSON does not know becomes text."""
+    text = json.dumps(value, indent=1, default=str) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint atomically."""
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+# -- Reading -----------------------------------------------------------------------------------------------
+
+def load_checkpoint(path):
+    """Load a dict by torch.load with weights_only and mmap, on the CPU.
+
+    Raises UserError for a file that is missing, truncated, of another kind, or no dict with text as keys.
+    """
+    if not os.path.exists(path):
+        raise UserError(missing_weights(path))
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:  # a damaged file fails in any of torch's, zipfile's and pickle's ways
+        raise UserError(f"{path}: not a readable checkpoint ({short_error(e)}): truncated, or another kind "
+                        f"of file? copy or download it again") from e
+    kinds = {type(k) for k in checkpoint} if isinstance(checkpoint, dict) else {type(checkpoint)}
+    if kinds - {str}:
+        found = min(k.__name__ for k in kinds - {str})
+        raise UserError(f"{path}: holds {found}, not a dict of weights by name")
+    return checkpoint
+
+
+SAFETENSORS_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+
+
+def read_safetensors(path):
+    """Read the tensors of a .safetensors file: 8 bytes of header length, a JSON header, the raw tensors."""
+    if not os.path.exists(path):
+        raise UserError(missing_weights(path))
+    try:
+        data = np.memmap(path, np.uint8, "r")
+        (length,) = struct.unpack("<Q", data[:8].tobytes())
+        header = json.loads(data[8:8 + length].tobytes())
+        header.pop("__metadata__", None)
+        tensors = {}
+        for key, entry in header.items():
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
+            dtype = SAFETENSORS_TYPES[entry["dtype"]]
+            tensors[key] = torch.frombuffer(bytearray(data[start:end]), dtype=dtype).view(entry["shape"])
+        return tensors
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, struct.error) as e:
+        raise UserError(f"{path}: not a readable .safetensors file ({short_error(e)}): truncated? copy or "
+                        f"download it again") from e
+
+
+def load_npz(path, keys=None):
+    """Read the arrays of an .npz file, all or those of `keys` that it has."""
+    try:
+        with np.load(path) as arrays:
+            return {k: arrays[k] for k in arrays.files if keys is None or k in keys}
+    except Exception as e:  # a damaged file fails in any of NumPy's, zipfile's and zlib's ways
+        raise UserError(f"{path}: not a readable .npz file ({short_error(e)})") from e
+
+
+def read_json(path):
+    """Read a JSON object; {} if there is no such file or it holds something else."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+# -- Weights -> module -------------------------------------------------------------------------------------
+
+def fingerprint(state_dict):
+    """Return the SHA-256 of all names, shapes and float32 values.
+
+    The same weights have the same fingerprint in any file, and in any precision that holds them exactly.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state_dict):
+        value = state_dict[key].detach().cpu().float().contiguous()
+        digest.update(f"{key}{tuple(value.shape)}".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_keys(checkpoint, keys, path):
+    """Raise UserError if a checkpoint lacks one of `keys`."""
+    missing = [k for k in keys if k not in checkpoint]
+    if missing:
+        raise UserError(f"{path}: a damaged checkpoint: no {', '.join(missing)} in it")
+
+
+def strict_load(module, weights, path, what):
+    """Load every tensor, or raise UserError that names what is missing, unexpected or of the wrong shape."""
+    own = module.state_dict()
+    both = [k for k in own if k in weights]
+    found = {
+        "missing": [k for k in own if k not in weights],
+        "unexpected": [k for k in weights if k not in own],
+        "wrong shape": [f"{k} {list(weights[k].shape)} instead of {list(own[k].shape)}" for k in both
+                        if weights[k].shape != own[k].shape]}
+    problems = []
+    for problem, keys in found.items():
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{problem} {', '.join(keys[:3])}{more}")
+    if problems:
+        raise UserError(f"{path}: not the weights of {what}: {'; '.join(problems)}")
+    module.load_state_dict(weights)
+
+
+# -- Layouts of published weights --------------------------------------------------------------------------
+
+# Key names of Hugging Face (transformers 4 and 5) and torchvision -> DINO's and MAE's official names.
+RENAMES = [(re.compile(pattern), name) for pattern, name in [
+    (r"^(dinov\d_?\w*\.)?(model\.|encoder\.)?layer\.(\d+)\.", r"blocks.\3."),
+    (r"^vision_model\.", ""),
+    (r"^encoder\.layers\.(encoder_layer_)?(\d+)\.", r"blocks.\2."),
+    (r"^embeddings\.patch_embeddings?\.(projection\.)?|^conv_proj\.", "patch_embed.proj."),
+    (r"^embeddings\.position_embedding(s|\.weight)$|^encoder\.pos_embedding$", "pos_embed"),
+    (r"^embeddings\.|^model\.(?=norm\.)", ""),
+    (r"^storage_tokens$", "register_tokens"),
+    (r"^class_token$", "cls_token"),
+    (r"^(post_)?layernorm\.|^encoder\.ln\.", "norm."),
+    (r"\.(ln_|layer_norm)(\d)\.", r".norm\2."),
+    (r"\.(attention|self_attn)\.(attention\.)?(query|q_proj)\.", ".attn.q."),
+    (r"\.(attention|self_attn)\.(attention\.)?(key|k_proj)\.", ".attn.k."),
+    (r"\.(attention|self_attn)\.(attention\.)?(value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(o_proj|output\.dense)\.|\.self_att(entio)?n\.out_proj\.", ".attn.proj."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.gate_proj\.", ".mlp.w1."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.", ".mlp.fc2."),
+]]
+
+# Not part of the vision tower: what pretraining alone used, constants, SigLIP2's pooling head and text tower.
+UNUSED = re.compile(r"mask_token$|rope_embed\.periods$|decoder_|text_model\.|logit_(scale|bias)$|"
+                    r"head\.(probe|attention|layernorm|mlp)\b")
+
+
+def to_official_names(weights):
+    """Convert any known ViT layout to the official DINO one; unused tensors are dropped."""
+    out = {}
+    for key, value in weights.items():
+        for pattern, name in RENAMES:
+            key = pattern.sub(name, key)
+        if key == "pos_embed" and value.ndim == 2:
+            value = value[None]
+        if not UNUSED.match(key):
+            out[key] = value
+    # Two names that mean another layer in a gated MLP.
+    gated = any(".mlp.w1." in key for key in out)
+    up, down = ("w2", "w3") if gated else ("fc1", "fc2")
+    for key in list(out):
+        renamed = key.replace(".mlp.up_proj.", f".mlp.{up}.").replace(".mlp.down_proj.", f".mlp.{down}.")
+        out[renamed] = out.pop(key)
+    for key in list(out):
+        if key.endswith(".attn.q.weight"):
+            _join_qkv(out, key.removesuffix("q.weight"))
+    for key in list(out):
+        if key.endswith(".attn.qkv.bias_mask"):  # DINOv3 multiplies the key third by 0
+            out.pop(key)
+            q, k, v = out[key.removesuffix("_mask")].chunk(3)
+            out[key.removesuffix("_mask")] = torch.cat([q, torch.zeros_like(k), v])
+    return out
+
+
+def _join_qkv(weights, prefix):
+    """Join the split query, key and value of one block, in place."""
+    if all(f"{prefix}{i}.weight" in weights for i in "qkv"):
+        weights[f"{prefix}qkv.weight"] = torch.cat([weights.pop(f"{prefix}{i}.weight") for i in "qkv"])
+        if f"{prefix}q.bias" in weights and f"{prefix}v.bias" in weights:
+            # DINOv3 has no key bias.
+            weights.setdefault(f"{prefix}k.bias", torch.zeros_like(weights[f"{prefix}q.bias"]))
+            weights[f"{prefix}qkv.bias"] = torch.cat([weights.pop(f"{prefix}{i}.bias") for i in "qkv"])
+
+
+def detect_architecture(weights, known, path):
+    """Return the name in `known` ({name: arguments of svg.ViT}) that fits the shapes of official weights."""
+    shape = getattr(weights.get("patch_embed.proj.weight"), "shape", ())
+    if len(shape) != 4:
+        raise UserError(f"{path}: not an encoder: no patch_embed.proj.weight among its {len(weights)} "
+                        f"entries ({', '.join(map(str, list(weights)[:3]))}, ...); give one of "
+                        f"{', '.join(known)}")
+    seen = {"dim": shape[0], "patch": shape[3], "registers": 0,
+            "swiglu": "blocks.0.mlp.w1.weight" in weights, "cls": "cls_token" in weights}
+    if "register_tokens" in weights:
+        seen["registers"] = weights["register_tokens"].shape[1]
+    absent = {"registers": 0, "swiglu": False, "cls": True}
+    for name, config in known.items():
+        if seen.items() <= {**absent, **config}.items():
+            return name
+    found = ", ".join(f"{key} {value}" for key, value in seen.items())
+    raise UserError(f"{path}: a ViT with {found} is none of {', '.join(known)}")
+
+
+def authors_autoencoder_weights(weights, path):
+    """Convert the SVG authors' autoencoder: encoder.*, extra_vit.* (torchvision's), mask_token, decoder.*.
+
+    Returns the encoder's weights and those of svg.Autoencoder; losses are dropped.
+    """
+    parts = {}
+    for key, value in weights.items():
+        part, _, rest = key.partition(".")
+        parts.setdefault(part, {})[rest] = value
+    for part in ("encoder", "extra_vit", "decoder"):
+        if part not in parts:
+            raise UserError(f"{path}: not the authors' autoencoder: no {part}.* among its {len(weights)} "
+                            f"tensors")
+    head = {k: v for k, v in parts["extra_vit"].items() if k.startswith("heads.")}
+    body = {k: v for k, v in parts["extra_vit"].items() if k not in head}
+    mask_token = parts["mask_token"][""].flatten() if "mask_token" in parts else torch.zeros(8)
+    return parts["encoder"], {
+        **{f"residual.{k}": v for k, v in to_official_names(body).items()},
+        **{f"residual_head.{k.removeprefix('heads.')}": v for k, v in head.items()},
+        **{f"decoder.{k}": v for k, v in parts["decoder"].items()},
+        "mask_token": mask_token}
+
+
+def authors_sit_weights(weights, path):
+    """Convert the SVG authors' transformer, of whose doubled head half counts.
+
+    Returns svg.SiT's arguments and its weights.
+    """
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors')")
+    weights = {k.replace("ln1.", "x_embedder.", 1).replace("embedding_table.", ""): v
+               for k, v in weights.items() if k != "pos_embed"}  # a constant
+    try:
+        dim, channels = weights["x_embedder.weight"].shape
+        size = {"depth": 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
+                "dim": dim, "heads": dim // weights["blocks.0.attn.q_norm.weight"].shape[0]}
+        num_classes = weights["y_embedder.weight"].shape[0] - 1
+        for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            if weights[key].shape[0] == 2 * channels:
+                weights[key] = weights[key][:channels]
+    except (KeyError, AttributeError, ValueError):
+        raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors')") from None
+    return {"model": size, "channels": channels, "num_classes": num_classes}, weights
+
+
+def load_latent_stats(path):
+    """Load per-channel mean and std ([C], [C]) of the authors' file, or of an .npz with `mean` and `std`."""
+    if str(path).endswith(".npz"):
+        stats = {k: torch.from_numpy(v) for k, v in load_npz(path).items()}
+    else:
+        stats = load_checkpoint(path)
+    for mean, std in (("mean", "std"), ("dinov3_sp_mean", "dinov3_sp_std")):
+        if mean in stats and std in stats:
+            return stats[mean].flatten().float(), stats[std].flatten().float()
+    raise UserError(f"{path}: no 'mean' and 'std' (or the authors' 'dinov3_sp_mean', 'dinov3_sp_std') in it")
+
+
+# -- Pretrained files --------------------------------------------------------------------------------------
+
+DOWNLOADS = {  # openly published: file name -> folder of its URL, head of its SHA-256
+    "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14", "b938bf1bc15cd2ec"),
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models", "397923af"),
+    "pt_inception-2015-12-05-6726825d.pth": (
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights", "6726825d"),
+    "VIRTUAL_imagenet256_labeled.npz": (  # ADM's reference statistics; no hash is published
+        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256", None),
+}
+
+
+def find_weights(name, weights_dir=None):
+    """Return where a pretrained file belongs: a path as it is, a bare name in the weights folder.
+
+    The folder is weights_dir, else $SVG_WEIGHTS, else weights/.
+    """
+    if os.path.sep in str(name):
+        return Path(name)
+    return Path(weights_dir or os.environ.get("SVG_WEIGHTS") or "weights") / name
+
+
+def find_encoder(file, path, weights_dir=None):
+    """Return where the encoder file that a checkpoint at `path` recorded lies now."""
+    name = Path(file).name
+    for place in (Path(file), find_weights(name, weights_dir), Path(__file__).parent / name):
+        if place.exists():
+            return place
+    raise UserError(f"{path} needs its encoder {name}: name its folder by --weights, or put it into "
+                    f"{find_weights('x', weights_dir).parent}")
+
+
+def missing_weights(path):
+    """Return the message that says where to get a missing file."""
+    name = os.path.basename(str(path))
+    if name.startswith("dinov3"):
+        return (f"{path} is missing: Meta releases DINOv3 after a licence form (https://ai.meta.com/"
+                f"resources/models-and-libraries/dinov3-downloads/); put the file there under that name, or "
+                f"use the open DINOv2: --encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
+    if name == "mae_pretrain_vit_base.pth":
+        return f"{path} is missing; download it from https://dl.fbaipublicfiles.com/mae/pretrain/{name}"
+    if name in DOWNLOADS:
+        return f"{path} is missing; download it from {DOWNLOADS[name][0]}/{name}"
+    return f"{path}: no such file"
+
+
+def download_weights(name, weights_dir=None):
+    """Download a published file that is missing, and check its hash.
+
+    A local file with another hash is only worth a warning: it may be a conversion of the same weights.
+    """
+    path = find_weights(name, weights_dir)
+    if path.name not in DOWNLOADS:
+        return
+    url, digest = DOWNLOADS[path.name]
+    if path.exists():
+        if digest and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
+            warnings.warn(f"{path} is not the published file of that name: its SHA-256 does not begin with "
+                          f"{digest}")
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(f"{url}/{path.name}", str(path), digest, sys.stderr.isatty())
+    except Exception as e:  # no network, a proxy's page, a full disk, a wrong hash: one remedy for all
+        raise UserError(f"{missing_weights(path)} (tried just now: {short_error(e)}) and put it there, or "
+                        f"name its folder by --weights or $SVG_WEIGHTS") from e

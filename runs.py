@@ -1,0 +1,640 @@
+"""What every program needs to run: processes, flags, the parts of a training step, timing, the run's folder.
+
+Nothing here knows the method. `Run` is one training run: runs/<name>/ with config.json, log.jsonl, loss.png,
+last.pt, numbered checkpoints and preview grids.
+"""
+import argparse
+import contextlib
+import errno
+import gc
+import itertools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+import figures
+import files
+from files import UserError
+
+# -- Processes and devices ---------------------------------------------------------------------------------
+
+
+def rank():
+    """Return this process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """Return the number of processes, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(x):
+    """Sum a tensor over all processes, in place, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather(value):
+    """Return the values of all processes, in order of rank, on rank 0; [] on the others."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def barrier():
+    """Wait for every process."""
+    all_reduce(torch.zeros(1))
+
+
+def init_process_group(backend):
+    """Join torchrun's process group, also when torchrun has restarted this process.
+
+    torchrun keeps one store through all restarts, in which a new process finds the addresses of dead ones
+    (https://github.com/pytorch/pytorch/issues/135712). So every restart prefixes its keys with its number.
+    Several nodes may count restarts differently; they need torchrun's own way to make a new store.
+    """
+    env = os.environ
+    restarts = env.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    nodes = restarts and env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]
+    if nodes and env.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        raise UserError("--max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for "
+                        "torchrun, or its restarts fail (https://github.com/pytorch/pytorch/issues/135712)")
+    restart = env.get("TORCHELASTIC_RESTART_COUNT", "0")
+    settings = {}
+    if restart != "0" and env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        settings = {"store": dist.PrefixStore(f"restart {restart}", store),
+                    "rank": int(env["RANK"]), "world_size": int(env["WORLD_SIZE"])}
+    dist.init_process_group(backend, timeout=timedelta(hours=1), **settings)
+
+
+def setup(precision="fp32"):
+    """Join torchrun's process group, if there is one; return this process's device: CUDA, MPS or CPU."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    tf32 = precision == "tf32"  # set both: cuDNN's default is on
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo for tensors on the host
+    if cuda:
+        return torch.device("cuda", local_rank)
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def autocast(device, precision):
+    """Return the context in which models run: bf16 autocast, or nothing for fp32 and tf32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def fetch_weights(name, weights_dir=None):
+    """Return the path of a pretrained file; the first process downloads it if it is openly published."""
+    if rank() == 0:
+        files.download_weights(name, weights_dir)
+    barrier()
+    return files.find_weights(name, weights_dir)  # the loader reports a file that is missing
+
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+
+
+def run_main(main):
+    """Run a program's main; a UserError becomes one line on stderr and exit code 2."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        main()
+        if dist.is_initialized():
+            # Free the group's last holders first, or gloo's threads would outlive the interpreter.
+            gc.collect()
+            dist.destroy_process_group()  # not after an error: it could wait for ranks that wait for this one
+    except UserError as e:
+        # A loading process wraps an error into its traceback, of which the message is the end.
+        print(f"error: {str(e).strip().split('UserError: ')[-1]}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        if e.errno not in CANNOT_WRITE:
+            raise
+        print(f"error: {e.filename or 'a file'}: {e.strerror}; make room, or give another place",
+              file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# -- Flags -------------------------------------------------------------------------------------------------
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each default but those of switches, and leaves the docstring's lines as they are."""
+
+    def _get_help_string(self, action):
+        hidden = action.default is None or action.default is True or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line.
+
+    demo: the defaults that --demo replaces.
+    """
+
+    def __init__(self, doc, demo=None, **settings):
+        super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **settings)
+        self.demo = demo or {}
+
+    def error(self, message):
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        if getattr(parsed, "demo", False) and self.demo:
+            self.set_defaults(**self.demo)
+            parsed, rest = super().parse_known_args(args)
+        return parsed, rest
+
+
+def number(low=0.0, high=math.inf, above=-math.inf):
+    """Return an argparse type: a finite number from low to high, and above `above`."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and value > above and math.isfinite(value)):
+            limits = f"above {above:g}" if math.isfinite(above) else f"from {low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number {limits}")
+        return value
+    return parse
+
+
+def positive(text):
+    """Parse a whole number of at least 1 (an argparse type)."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def not_negative(text):
+    """Parse a whole number of at least 0 (an argparse type)."""
+    return 0 if text == "0" else positive(text)
+
+
+def add_training_flags(parser, name, batch, lr, steps):
+    """Add the flags that both stages share."""
+    add = parser.add_argument
+    add("--demo", action="store_true", help="tiny sizes on built-in data, no download")
+    add("--data", default="data/imagenet/train", help="folder of class folders of images, or a packed set")
+    add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
+    add("--name", default=name, help="folder of the run below runs/")
+    add("--batch", type=positive, default=batch, help="images per step, over all processes")
+    add("--lr", type=number(above=0), default=lr, help="learning rate, constant")
+    add("--steps", type=positive, default=steps, help="training steps in all")
+    add("--seed", type=not_negative, default=0, help="of weights, order, crops and noise")
+    add_speed_flags(parser)
+    add("--accumulate", type=positive, default=1,
+        help="parts in which a process computes its batch, for less memory")
+    add("--recompute", action="store_true",
+        help="recompute activations in the backward pass: less memory, slower")
+    add("--clip", type=number(), default=0.0, help="largest gradient norm; 0: no clipping")
+    add("--workers", type=not_negative, default=8, help="data loading processes per training process")
+    add("--log-every", type=positive, default=100, help="steps between progress lines")
+    add("--save-every", type=positive, default=5000, help="steps between checkpoints")
+    add("--preview-every", type=positive, default=5000, help="steps between preview grids")
+    add("--keep", type=positive, default=2, help="how many of the newest numbered checkpoints stay")
+    add("--milestone-every", type=positive, default=50_000,
+        help="steps between checkpoints that stay for good")
+
+
+def add_speed_flags(parser):
+    """Add the flags that training, sampling and scoring share."""
+    cuda = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--precision", choices=("fp32", "tf32", "bf16"), default="bf16" if cuda else "fp32",
+        help="of the models' arithmetic; weights, losses, statistics and the sampler's state are fp32")
+    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="use torch.compile")
+    add_bench_flag(parser)
+
+
+def add_bench_flag(parser):
+    """Add --bench N."""
+    parser.add_argument("--bench", type=positive, metavar="N",
+                        help="only time N steps on synthetic data; no data, weights or run needed")
+
+
+# -- A training step ---------------------------------------------------------------------------------------
+
+def local_batch(args):
+    """Return this process's share of the images of a step; raises UserError if they do not divide."""
+    if args.batch % (world_size() * args.accumulate):
+        parts = f" times --accumulate {args.accumulate}" if args.accumulate > 1 else ""
+        raise UserError(f"--batch {args.batch} does not divide by the {world_size()} processes{parts}")
+    return args.batch // world_size()
+
+
+def data_parallel(model):
+    """Wrap a model in DistributedDataParallel, if there are several processes.
+
+    Buffers are left alone: every rank computes the same ones, and a frozen encoder is all buffers.
+    """
+    if world_size() == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer torch renames the flag and gives it another meaning
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def compile_blocks(*models):
+    """Compile every transformer block by itself.
+
+    Equal blocks share one graph, and DDP can send the gradients of the last ones while the first are still
+    being computed.
+    """
+    torch._dynamo.config.recompile_limit = 64  # two kinds of ViT, training and eval, last batches
+    torch._dynamo.config.optimize_ddp = False  # blocks are smaller than its buckets already
+    for model in models:
+        for block in model.blocks:
+            block.compile(dynamic=False)
+
+
+def seed_step(seed, step, rank=0):
+    """Make every random number of a step a function of (seed, step, rank), so that a resume repeats it."""
+    state = np.random.SeedSequence((seed, step, rank)).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0] >> 1))
+
+
+def micro_batches(count, models, *tensors):
+    """Yield `count` equal parts of the tensors.
+
+    DDP models exchange gradients only in the last part's backward pass.
+    """
+    parts = list(zip(*(t.chunk(count) for t in tensors), strict=True))
+    for i, part in enumerate(parts):
+        with contextlib.ExitStack() as stack:
+            for model in models:
+                if i + 1 < len(parts) and isinstance(model, DistributedDataParallel):
+                    stack.enter_context(model.no_sync())
+            yield part
+
+
+def optimizer_step(*optimizers, clip=0.0):
+    """Clip each optimiser's gradients and step; if any gradient is not finite, change nothing.
+
+    Returns the first optimiser's gradient norm and whether the step was skipped. Both are tensors on the
+    device, so that the host does not wait.
+    """
+    norms = []
+    for optimizer in optimizers:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norms[-1])
+    skipped = ~torch.stack(norms).isfinite().all()
+    for optimizer in optimizers:
+        if optimizer.defaults["fused"]:
+            optimizer.found_inf = skipped.float()  # the input that a GradScaler gives to fused optimisers
+            optimizer.step()
+        elif not skipped:
+            optimizer.step()
+    return norms[0], skipped
+
+
+# -- Timing ------------------------------------------------------------------------------------------------
+
+# Dense TFLOP/s by the maker's datasheets of the SXM boards.
+HOPPER = {"bf16": 989, "tf32": 494.5}
+PEAK_TFLOPS = {"H100 80GB HBM3": HOPPER, "H200": HOPPER, "A100-SXM": {"bf16": 312, "tf32": 156}}
+
+
+def synthetic_images(n, size, device):
+    """Return random uint8 images [n, size, size, 3] in the kind of memory that a loader uses."""
+    images = torch.randint(256, (n, size, size, 3), dtype=torch.uint8)
+    return images.pin_memory() if device.type == "cuda" else images
+
+
+def count_flops(step):
+    """Return the floating-point operations that PyTorch counts in one call of step()."""
+    with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), \
+            FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def median_seconds(step, count, device):
+    """Return the median duration of `count` calls of step(), after a warm-up."""
+    for _ in range(3):
+        step()
+    if device.type != "cuda":
+        marks = [time.perf_counter()]
+        for _ in range(count):
+            step()
+            marks.append(time.perf_counter())
+        return float(np.median(np.diff(marks)))
+    # The host runs ahead, so the device's own clock counts.
+    torch.cuda.reset_peak_memory_stats()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return float(np.median([a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]))
+
+
+def bench(args, device, make, batch, **about):
+    """Time args.bench steps on synthetic data: print a line to read and one of JSON.
+
+    make(n) -> a function that runs one step on n images; batch: images per step over all processes. FLOPs are
+    those counted for one image, times the batch.
+    """
+    local_batch = batch // world_size()
+    flops = local_batch * count_flops(make(1))
+    seconds = median_seconds(make(local_batch), args.bench, device)
+    tflops = flops / seconds / 1e12
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        name = f"{device.type}, {torch.get_num_threads()} threads"
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak_share = None
+    for board, peaks in PEAK_TFLOPS.items():
+        if board in name and args.precision in peaks:
+            peak_share = round(tflops / peaks[args.precision], 3)
+    if rank() == 0:
+        print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {batch} images "
+              f"(median of {args.bench}), {batch / seconds:.3g} images/s, {tflops:.2f} TFLOP/s a process, "
+              f"all its models included, {memory / 2**30:.2f} GiB")
+        print(json.dumps({
+            **about, "batch": batch, "precision": args.precision, "compile": args.compile,
+            "processes": world_size(), "device": name, "torch": torch.__version__, "steps": args.bench,
+            "step_seconds": round(seconds, 5), "images_per_second": round(batch / seconds, 2),
+            "tflops": round(tflops, 3), "peak_share": peak_share, "peak_gib": round(memory / 2**30, 2)}))
+
+
+def duration(seconds):
+    """Format seconds as h:mm:ss, with any number of hours."""
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+# -- Output folders ----------------------------------------------------------------------------------------
+
+def sibling(folder, suffix):
+    """Return the path beside a folder: samples -> samples.json, whatever dots are in the name."""
+    return folder.with_name(folder.name + suffix)
+
+
+def claim_folder(out, settings, overwrite):
+    """Make the output folder this command's, with its settings in a record beside it.
+
+    Raises UserError for a folder that holds anything else, so that no FID mixes two commands' pictures.
+    """
+    if not out.name or (out.exists() and not out.is_dir()):
+        raise UserError(f"--out {out}: give the name of a folder to make")
+    record = sibling(out, ".json")
+    before = files.read_json(record)
+    if rank() == 0 and out.exists() and any(out.iterdir()) and before != settings:
+        if not before:
+            raise UserError(f"{out} holds files that are not of this program: give another --out")
+        if not overwrite:
+            raise UserError(f"{out} already holds a different run: give another --out, or --overwrite")
+        shutil.rmtree(out)
+    barrier()
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        files.write_json(record, settings)
+    barrier()
+
+
+# -- Training runs -----------------------------------------------------------------------------------------
+
+# Flags that may change when a run resumes: its length, its output, its speed, and where files lie that
+# fingerprints identify.
+FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "keep", "milestone_every",
+              "name", "weights", "data", "ae", "encoder", "compile", "recompute"}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by clusters, people, SLURM
+MAX_SKIPPED = 20  # steps in a row without a finite gradient after which training stops
+# stage: kind of its checkpoints, the key under which they record what they were trained on
+CHECKPOINTS = {"ae": ("autoencoder", "encoder_file"), "dit": ("sit", "autoencoder")}
+
+
+def read_log(path):
+    """Read the entries of a log.jsonl, without a last line that a full disk or a kill has cut."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                entries.append(json.loads(line))
+    return entries
+
+
+def latest_run(stage, **settings):
+    """Return the newest last.pt below runs/ of a stage with these settings (demo=True), or None."""
+    found = []
+    for config in Path("runs").glob("*/config.json"):
+        recorded = files.read_json(config)
+        last = config.with_name("last.pt")
+        if {"stage": stage, **settings}.items() <= recorded.items() and last.exists():
+            found.append(last)
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+class Run:
+    """The folder of one training run: only rank 0 writes, and every rank resumes from the same last.pt.
+
+    facts: what must not change when the run resumes, besides the flags.
+    """
+
+    def __init__(self, stage, args, facts):
+        self.path = Path("runs") / args.name
+        self.last = self.path / "last.pt"
+        self.stage = stage
+        self.args = args
+        self.facts = facts
+        self.corrupt = set()
+        self.signal = 0
+        config = {"stage": stage, **vars(args), **facts}
+        self.check_folder(config)
+        barrier()
+        if rank() == 0:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it saved
+                leftover.unlink()
+            files.write_json(self.path / "config.json", config)
+
+    def check_folder(self, config):
+        """Raise UserError if the folder holds another run or something else."""
+        config_file = self.path / "config.json"
+        ours = config_file.exists() or self.last.exists()
+        if not ours and self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run; give another --name")
+        if not (config_file.exists() and self.last.exists()):
+            return
+        before = files.read_json(config_file)
+        changed = []
+        for key, value in config.items():
+            if key not in FREE_FLAGS and value != before.get(key):
+                name = key if key in self.facts else f"--{key.replace('_', '-')}"
+                changed.append(f"{name} {value} (was {before.get(key)})")
+        if changed:
+            raise UserError(f"{self.path} holds a different run: {'; '.join(changed)}; give the same flags to "
+                            f"resume it, or another --name")
+
+    def resume(self):
+        """Return the last checkpoint, or None, and drop log entries after it: the log has each step once.
+
+        From here on STOP_SIGNALS end the run after a step and a save.
+        """
+        checkpoint = None
+        step = 0
+        if self.last.exists():
+            checkpoint = files.load_checkpoint(self.last)
+            self.check_checkpoint(checkpoint)
+            step = checkpoint["step"]
+        steps = all_reduce(torch.eye(world_size(), dtype=torch.int64)[rank()] * step)  # one of each rank
+        if (steps != step).any():
+            raise UserError(f"{self.last} is not the same for every process: runs/ must lie on a shared disk")
+        log = self.path / "log.jsonl"
+        if rank() == 0 and log.exists():
+            kept = [json.dumps(entry) + "\n" for entry in read_log(log) if entry["step"] <= step]
+            files.write_atomically(log, lambda file: file.write("".join(kept).encode()))
+        barrier()
+        if checkpoint:
+            self.say(f"resuming {self.path} at step {step}")
+        for signal_number in STOP_SIGNALS:
+            signal.signal(signal_number, self.on_signal)
+        self.start = time.time()
+        self.skipped_in_a_row = torch.tensor(0)
+        self.reset_sums()
+        return checkpoint
+
+    def check_checkpoint(self, checkpoint):
+        """Raise UserError if last.pt is damaged or of another stage or parent."""
+        files.check_keys(checkpoint, ("kind", "step", "model", "opt"), self.last)
+        kind, parent = CHECKPOINTS[self.stage]
+        trained_on = checkpoint.get(parent, {}).get("fingerprint")
+        if checkpoint["kind"] != kind or trained_on != self.facts["trained_on"]:
+            raise UserError(f"{self.last} is not of this stage, or was trained on another "
+                            f"{parent.split('_')[0]}")
+
+    def on_signal(self, signal_number, _):
+        self.signal = signal_number
+
+    def stopped(self):
+        """Whether any process received one of STOP_SIGNALS; every process gets the same answer."""
+        return bool(all_reduce(torch.tensor(self.signal)))
+
+    def say(self, text):
+        """Print a line, on rank 0."""
+        if rank() == 0:
+            print(text, flush=True)
+
+    def report_corrupt(self, dataset, indices):
+        """Warn once of every corrupt file, on the rank that met it."""
+        for i in set(indices.tolist()) - self.corrupt - {-1}:
+            self.corrupt.add(i)
+            warnings.warn(f"{dataset.name(i)}: not a readable image, skipped ({len(self.corrupt)} so far)")
+
+    def reset_sums(self):
+        """Start a new interval between two progress lines."""
+        self.since = time.time()
+        self.sums = 0
+        self.count = 0
+
+    def record(self, step, values, grad_norm, skipped):
+        """Add one step's values; every --log-every steps write their means.
+
+        values: {name: scalar tensor on the device}, which is not waited for. Raises UserError when
+        MAX_SKIPPED steps in a row had no finite gradient.
+        """
+        new = torch.stack([*values.values(), grad_norm]).detach()
+        new = torch.where(skipped, 0, new)
+        self.sums = self.sums + torch.cat([new, skipped[None].float()])
+        self.count += 1
+        self.skipped_in_a_row = torch.where(skipped, self.skipped_in_a_row.to(skipped.device) + 1, 0)
+        if step % self.args.log_every and step != self.args.steps:
+            return
+        self.log(step, [*values, "grad_norm"])
+        if self.skipped_in_a_row >= MAX_SKIPPED:
+            good = "no checkpoint was saved yet"
+            if self.last.exists():
+                good = f"the last good checkpoint is {self.last}"
+            raise UserError(f"no finite gradient for {int(self.skipped_in_a_row)} steps, up to step {step}: "
+                            f"stopped; {good}; to resume with other flags (--clip 1, a lower --lr, "
+                            f"--precision fp32) copy it into a new run: runs/NAME/last.pt, --name NAME")
+        self.reset_sums()
+
+    def log(self, step, names):
+        """Print a progress line and append to log.jsonl: means over the steps that were not skipped."""
+        *means, skipped = (all_reduce(self.sums.cpu()) / world_size()).tolist()
+        corrupt = int(all_reduce(torch.tensor(len(self.corrupt))))
+        if rank() != 0:
+            return
+        skipped = round(skipped)
+        good_steps = self.count - skipped
+        entry = {name: mean / good_steps if good_steps else math.nan
+                 for name, mean in zip(names, means, strict=True)}
+        rate = self.count * self.args.batch / (time.time() - self.since)
+        left = duration((self.args.steps - step) * self.args.batch / rate)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in entry.items())
+        if skipped:
+            text += f"  {skipped} skipped"
+        print(f"step {step}/{self.args.steps}  {text}  {rate:.1f} images/s  {left} left", flush=True)
+        finite = {name: value for name, value in entry.items() if math.isfinite(value)}
+        entry = {"step": step, **finite, "skipped": skipped, "images_per_second": round(rate, 2),
+                 "seconds": round(time.time() - self.start, 1), "corrupt": corrupt}
+        with open(self.path / "log.jsonl", "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def picture(self, step, image):
+        """Write a preview grid."""
+        if rank() == 0:
+            image.save(self.path / f"preview-{step:07d}.png")
+
+    def save(self, checkpoint):
+        """Write last.pt, a numbered hard link to it and the loss curve; drop old numbered ones."""
+        if rank() == 0:
+            files.save_checkpoint(self.last, checkpoint)
+            numbered = self.path / f"{checkpoint['step']:07d}.pt"
+            numbered.unlink(missing_ok=True)
+            try:
+                os.link(self.last, numbered)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(self.last, numbered)
+            old = [path for path in sorted(self.path.glob("[0-9]*.pt"))
+                   if int(path.stem) % self.args.milestone_every]
+            for path in old[:-self.args.keep]:
+                path.unlink()
+            curve = figures.loss_curve(read_log(self.path / "log.jsonl"), f"{self.path}: loss by step")
+            if curve:
+                curve.save(self.path / "loss.png")
+        barrier()
+
+    def end(self, step):
+        """Say how the run ended, and how to resume it."""
+        if step >= self.args.steps:
+            self.say(f"done: {self.last}")
+            return
+        name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
+        then = f"resumes from {self.last}" if self.last.exists() else "starts again"
+        self.say(f"{name}: stopped after step {step}; the same command {then}")
