@@ -1,0 +1,239 @@
+"""What the tests share: a case in a folder of its own, the programs' mains, formula weights, golden answers.
+
+assets/golden.npz holds what independent implementations answered for formula weights (see `formula`), and
+the names and shapes of the published checkpoints.
+"""
+import atexit
+import contextlib
+import functools
+import importlib
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+import data
+import files
+import runs
+import shapes
+import svg
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # for the index of image trees
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"])
+REAL = ROOT.parent / "shared" / "real"  # real weights and images; tests that need them skip without
+GOLDEN = files.load_npz(ROOT / "assets" / "golden.npz")
+MANIFESTS = json.loads(GOLDEN["manifests"].tobytes())
+
+
+def formula(key, shape, learned_positions):
+    """One tensor as a pure function of its published name and shape (rule of shared/reference/formula.py)."""
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    if key.endswith(("periods", "bias_mask")) or (key.endswith("pos_embed") and not learned_positions):
+        return torch.zeros(shape)  # computed by the architecture
+    n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(shape)).astype(np.float32)
+    if key.endswith(("pos_embed", "pos_embedding", "position_embedding.weight")):
+        return torch.from_numpy(0.5 * n)
+    if len(shape) >= 2:
+        return torch.from_numpy(n * np.float32(np.sqrt((2 if len(shape) == 4 else 1) / np.prod(shape[1:]))))
+    if key.endswith("running_var"):
+        return torch.from_numpy(1 + 0.1 * np.abs(n))
+    return torch.from_numpy(0.1 * n + key.endswith(("weight", "gamma")))
+
+
+def weights(name):
+    """A published checkpoint's tensors, filled by the formula."""
+    return {k: formula(k, s, name.startswith(("dinov2", "mae"))) for k, s in MANIFESTS[name].items()}
+
+
+def image(seed, shape):
+    """Sinusoids plus noise, [B, 3, H, W] in [-1, 1] (the rule of formula.py, there in [0, 1])."""
+    r, (b, c, h, w) = np.random.RandomState(seed), shape
+    y, x = np.mgrid[0:h, 0:w].astype(np.float64)
+    out = np.empty(shape)
+    for i, j in np.ndindex(b, c):
+        f, p = r.uniform(1, 6, 4), r.uniform(0, 6.28, 2)
+        out[i, j] = 0.5 + 0.25 * np.sin(f[0] * 6.28 * x / w + p[0]) + 0.2 * np.cos(f[1] * 6.28 * y / h + p[1])
+    out += 0.05 * r.standard_normal(shape)
+    return torch.from_numpy(np.clip(out, 0, 1).astype(np.float32) * 2 - 1)
+
+
+def normal(seed, *shape):
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def to_map(tokens):
+    """[B, 256, C] -> [B, C, 16, 16]."""
+    return tokens.transpose(1, 2).unflatten(2, (16, 16))
+
+
+class Case(unittest.TestCase):
+    """A test in an empty folder of its own."""
+
+    def setUp(self):
+        before, self.folder = os.getcwd(), Path(tempfile.mkdtemp()).resolve()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.addCleanup(os.chdir, before)
+        os.chdir(self.folder)
+
+    def agree(self, key, actual, rtol=1e-3, atol=1e-4):
+        expected, actual = GOLDEN[key], np.asarray(torch.as_tensor(actual).detach())
+        self.assertEqual(expected.shape, actual.shape, key)
+        np.testing.assert_allclose(actual, expected, rtol, atol * np.abs(expected).max(), err_msg=key)
+
+    def assert_same(self, a, b, where=""):
+        """The same numbers, bit for bit, all the way down."""
+        self.assertEqual(type(a), type(b), where)
+        if isinstance(a, torch.Tensor):
+            self.assertTrue(torch.equal(a, b), where)
+        elif isinstance(a, (dict, list)):
+            self.assertEqual(len(a), len(b), where)
+            for key in a if isinstance(a, dict) else range(len(a)):
+                self.assert_same(a[key], b[key], f"{where}/{key}")
+        else:
+            self.assertEqual(a, b, where)
+
+    def close(self, a, b, tolerance=1e-5):
+        torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
+
+    def snapshot(self):
+        return {p: p.read_bytes() if p.is_file() else None for p in self.folder.rglob("*")}
+
+    def refused(self, command, *words):
+        """Exit code 2, one line that holds all `words`, and not a file more, less or different."""
+        with self.subTest(command):
+            before = self.snapshot()
+            code, _, err = run(command)
+            self.assertEqual((code, err.count("\n"), err[:7]), (2, 1, "error: "), err)
+            for word in words:
+                self.assertIn(word, err)
+            after = self.snapshot()
+            self.assertEqual(before.keys(), after.keys())
+            self.assertEqual([p for p in before if before[p] != after[p]], [])
+
+
+    def refuse_all(self, table):
+        """refused() for rows of a command and its words."""
+        for command, *words in table:
+            self.refused(command, *words)
+
+
+def run(command, *more):
+    """A script's real main in this process: "sample --steps 5" -> (exit code, stdout, stderr)."""
+    script, *flags = *command.split(), *map(str, more)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in runs.STOP_SIGNALS}
+    with mock.patch("sys.argv", [f"{script}.py", *flags]), contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        try:
+            runs.run_main(importlib.import_module(script).main)
+        except SystemExit as e:
+            code = e.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return code, out.getvalue(), err.getvalue()
+
+
+def ok(command, *more):
+    """run() that must succeed in silence; what it printed."""
+    code, out, err = run(command, *more)
+    assert (code, err) == (0, ""), (command, code, err)
+    return out
+
+
+def start(command, *more, processes=1, torchrun=(), **settings):
+    """The same through the shell's door: a process of a fresh interpreter, or torchrun."""
+    script, *flags = *command.split(), *map(str, more)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun,
+                "--"]
+    command = [sys.executable, *launcher * (processes > 1), str(ROOT / f"{script}.py"), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **settings)
+
+
+def shell(command, *more, **settings):
+    """start() that must succeed; what it printed."""
+    process = start(command, *more, **settings)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-2000:]
+    return out
+
+
+MINI_AE = "train_ae --demo --batch 8 --stats-images 16 --log-every 1"
+MINI_DIT = ("train_dit --demo --batch 8 --model 2,32,2 --lr 0.01 --ema-decay 0.5 --preview-steps 2 "
+            "--log-every 1")
+
+
+@functools.cache
+def trained():
+    """A folder in which both --demo stages have run for a few steps, by the real command lines."""
+    folder, before = Path(tempfile.mkdtemp()).resolve(), os.getcwd()
+    atexit.register(shutil.rmtree, folder)
+    os.chdir(folder)
+    try:
+        ok(MINI_AE + " --steps 4 --save-every 2")
+        ok(MINI_DIT + " --steps 6")
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def read_log(name):
+    return [json.loads(line) for line in Path(f"runs/{name}/log.jsonl").read_text().splitlines()]
+
+
+def pictures(folder):
+    return np.stack([np.asarray(Image.open(f)) for f in sorted(Path(folder).glob("*.png"))])
+
+
+def demo_images(count):
+    """The first images of the built-in validation set, [count, 3, 32, 32] in [-1, 1]."""
+    return data.to_float(torch.from_numpy(shapes.pictures("shapes/val", count)), "cpu")
+
+
+def tiny_autoencoder(**residual):
+    torch.manual_seed(0)
+    return svg.Autoencoder(svg.load_encoder(shapes.DEMO_PT), image_size=32, grid=4,
+                           residual={"dim": 32, "depth": 1, "heads": 1, **residual},
+                           decoder={"ch": 32, "ch_mult": [1] * 4})
+
+
+def write_safetensors(path, tensors):
+    """Write float32 tensors as a .safetensors file."""
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for key, value in tensors.items():
+        end = start + 4 * value.numel()
+        header[key], start = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, end]}, end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.writelines(v.numpy().tobytes() for v in tensors.values())
+
+
+def write_pictures(folder, count, first=0):
+    """Write drawn shapes as PNG files 0.png, 1.png, ..."""
+    Path(folder).mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(
+            shapes.draw((first + i) % 10, np.random.default_rng(first + i))[0]).save(f"{folder}/{i}.png")
+
+
+# Both stages on --data at the smallest sizes.
+REAL_DATA = (f"--encoder {shapes.DEMO_PT} --image-size 32 --grid 4 --lpips 0 --gan 0 --decoder-channels 32 "
+             "--residual-dim 32 --residual-depth 1 --batch 4 --workers 0 --stats-images 4")
+DIT_DATA = "train_dit --batch 4 --ae runs/demo-ae/last.pt"

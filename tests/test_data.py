@@ -1,0 +1,172 @@
+"""Images, trees and packed sets, and the stream of a training run."""
+import itertools
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+import data
+import shapes
+import svg
+from tests.helpers import DIT_DATA, REAL_DATA, Case, ok, run, trained
+
+
+class Data(Case):
+    def test_images_of_every_mode_decode_to_upright_rgb(self):
+        y, x = np.mgrid[:40, :60].astype(np.float32)
+        rgb = Image.fromarray(np.stack([x / 59 * 255, y / 39 * 255, 0 * x + 90], -1).astype(np.uint8))
+        grey = np.asarray(rgb.convert("L"))
+        half = np.full((40, 60), 130, np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+        for name, stored, colour, settings in (
+                ("L.png", rgb.convert("L"), False, {}), ("P.png", rgb.quantize(256), True, {}),
+                ("CMYK.tif", rgb.convert("CMYK"), True, {}),
+                ("CMYK.jpg", rgb.convert("CMYK"), True, {"quality": 98}),
+                ("RGBA.png", Image.merge("RGBA", [*rgb.split(), Image.fromarray(half)]), True, {}),
+                ("LA.png", Image.merge("LA", [rgb.convert("L"), Image.fromarray(half)]), False, {}),
+                ("I16.png", Image.fromarray(grey.astype(np.uint16) * 257), False, {}),
+                ("turned.jpg", rgb.rotate(90, expand=True), True, {"exif": exif, "quality": 98})):
+            with self.subTest(name):
+                stored.save(name, **settings)
+                image = data.open_rgb(name)
+                expected = np.asarray(rgb) if colour else np.repeat(grey[..., None], 3, 2)
+                self.assertEqual((image.mode, image.size), ("RGB", (60, 40)))
+                self.assertLess(np.abs(np.asarray(image) - expected.astype(int)).mean(), 4)
+
+    def test_adm_crop_is_a_box_average_and_central(self):
+        rng = np.random.default_rng(0)
+        big = rng.integers(0, 256, (128, 192, 3), np.uint8)  # halved twice to 32 x 48
+        small = big.astype(int)
+        for _ in range(2):  # Pillow rounds after each axis
+            small = (small[:, ::2] + small[:, 1::2] + 1) // 2
+            small = (small[::2] + small[1::2] + 1) // 2
+        np.testing.assert_array_equal(data.crop(Image.fromarray(big), 32), small[:, 8:40])
+        tall = rng.integers(0, 256, (45, 32, 3), np.uint8)  # fits as it is: the centre, rounded down
+        np.testing.assert_array_equal(data.crop(Image.fromarray(tall), 32), tall[6:38])
+        for size in ((33, 47), (640, 70), (20, 20), (63, 64)):
+            self.assertEqual(data.crop(Image.new("RGB", size), 32).shape, (32, 32, 3))
+        crops = [data.crop(Image.fromarray(tall), 32, np.random.default_rng(i)).tobytes() for i in range(200)]
+        self.assertEqual(set(crops), {tall[i:i + 32].tobytes() for i in range(14)})
+
+    def test_stream_visits_each_image_once_per_epoch_in_new_order(self):
+        flat = [item for batch, _ in zip(data.Stream(10, 4, 0, 0), range(10)) for item in batch]
+        self.assertEqual([p for _, p in flat], list(range(40)))
+        epochs = [[i for i, _ in flat[n:n + 10]] for n in range(0, 40, 10)]
+        self.assertTrue(all(sorted(e) == list(range(10)) for e in epochs))
+        self.assertEqual(len(set(map(tuple, epochs))), 4)
+        self.assertNotEqual(flat[:10], next(iter(data.Stream(10, 10, 1, 0))))
+        self.assertEqual(next(iter(data.Stream(10, 4, 0, 7))), flat[28:32])  # a restart
+
+    def test_ranks_share_the_batch_of_one_process(self):
+        whole = next(iter(data.Stream(100, 8, 0, 13)))
+        shares = []
+        for rank in range(2):
+            with mock.patch("runs.rank", lambda rank=rank: rank), mock.patch("runs.world_size", lambda: 2):
+                shares += next(iter(data.Stream(100, 8, 0, 13)))
+        self.assertEqual(shares, whole)
+
+
+class PackedData(Case):
+    def tree(self, count=20):
+        for name in ("a", "b"):
+            Path("tree", name, "deeper").mkdir(parents=True)
+            for i in range(count):
+                picture = Image.fromarray(shapes.draw(i % 10, np.random.default_rng(i), 48)[0])
+                picture.resize((48, 60)).save(f"tree/{name}/{'deeper/' * (i % 2)}{i}.jpg")
+
+    def test_packed_pixels_are_those_of_the_tree_and_corrupt_images_are_left_out(self):
+        self.tree()
+        Path("tree/a/4.jpg").write_bytes(b"no picture")
+        code, out, err = run("data pack tree/ packed/ --size 32 --workers 2")
+        self.assertEqual((code, err), (0, "warning: tree/a/4.jpg: not a readable image, left out\n"))
+        self.assertIn("39 images in packed/, 1 corrupt", out)
+        self.assertEqual(sorted(os.listdir("packed")), ["classes.json", "images.npy", "labels.npy"])
+        os.remove("tree/a/4.jpg")
+        tree, packed = data.open_data("tree", 32), data.open_data("packed", 32)
+        self.assertIsInstance(packed, data.Packed)
+        self.assertEqual((len(packed), packed.classes), (len(tree), tree.classes))
+        for i in range(len(tree)):
+            (a, *label), (b, *also) = tree[i, 0], packed[i, 0]
+            np.testing.assert_array_equal(a, b)
+            self.assertEqual(label, also)
+        self.assertEqual(data.dataset_identity(tree), data.dataset_identity(packed))
+        random = data.open_data("tree", 32, random_crop=True)
+        self.assertNotEqual(data.dataset_identity(random), data.dataset_identity(packed))
+        self.assertLess(len(pickle.dumps(packed)), 1000)
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(packed)).images, packed.images)
+        command = DIT_DATA.replace("runs", f"{trained()}/runs") + " --model 1,32,2 --steps 2 --workers"
+        for name in ("tree", "packed"):
+            ok(command, int(name == "packed"), "--name", name, "--data", name)
+        self.assert_same(*(svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("tree", "packed")))
+
+    def test_interrupted_packing_goes_on_and_the_result_appears_whole(self):
+        self.tree(100)
+        ok("data pack tree whole --size 16 --workers 0")
+        real, opened = data.open_rgb, itertools.count()
+
+        def interrupted(path):
+            if next(opened) == 150:
+                raise KeyboardInterrupt
+            return real(path)
+
+        with mock.patch("data.open_rgb", interrupted):
+            self.assertEqual(run("data pack tree packed --size 16 --workers 0")[0], 130)
+            self.assertFalse(os.path.exists("packed"))
+            before = next(opened)
+            ok("data pack tree packed --size 16 --workers 0")
+        self.assertLessEqual(next(opened) - before, 200 - 64 + 2)  # not from the beginning again
+        for file in os.listdir("whole"):
+            self.assertEqual(Path("whole", file).read_bytes(), Path("packed", file).read_bytes(), file)
+        self.assertFalse(os.path.exists("packed.part"))
+
+    def test_a_damaged_or_wrong_packed_set_is_refused(self):
+        self.tree(3)
+        ok("data pack tree packed --size 32 --workers 0")
+        for command, words in (
+                ("data pack tree packed", "packed already exists"),
+                ("data pack nowhere new", "nowhere: no such folder"),
+                (f"{REAL_DATA.replace('--image-size 32 --grid 4', '--image-size 64 --grid 8')}",
+                 "packed at 32 pixels, needed at 64")):
+            command = command if command.startswith("data") else f"train_ae {command} --data packed"
+            code, _, err = run(command)
+            self.assertEqual((code, err.count("\n")), (2, 1), err)
+            self.assertIn(words, err)
+        whole = Path("packed/images.npy").read_bytes()
+        for damaged in (whole[:200], whole[:50], b""):
+            Path("packed/images.npy").write_bytes(damaged)
+            code, _, err = run(f"train_ae {REAL_DATA} --data packed")
+            self.assertEqual((code, err.count("\n")), (2, 1), err)
+            self.assertIn("packed: not a whole packed set", err)
+
+    def test_a_tree_is_walked_once_and_again_when_it_changed(self):
+        self.tree(4)
+        self.addCleanup(mock.patch.stopall)
+        walk = mock.patch("data.walk_tree", wraps=data.walk_tree).start()
+        now = time.time_ns()
+        clock = mock.patch("time.time_ns", return_value=now + 10 ** 10).start()
+        first = data.ImageFolder("tree", 32)
+        again = data.ImageFolder(self.folder / "tree", 32)
+        self.assertEqual(walk.call_count, 1)
+        for a, b in ((first.classes, again.classes), (first.labels.tolist(), again.labels.tolist()),
+                     (first.names.tolist(), again.names.tolist())):
+            self.assertEqual(a, b)
+        self.assertEqual(sorted(os.listdir("tree")), ["a", "b"])  # nothing is written there
+        for change in (lambda: shutil.copy("tree/a/0.jpg", "tree/b/deeper/new.jpg"),
+                       lambda: os.remove("tree/a/2.jpg"), lambda: shutil.copytree("tree/a", "tree/c"),
+                       lambda: os.rename("tree/b/0.jpg", "tree/b/z.jpg")):
+            change()
+            names = data.ImageFolder("tree", 32).names
+            self.assertEqual([os.fsdecode(n) for n in names], [
+                os.path.relpath(f, "tree") for f in data.list_images("tree")])
+        self.assertEqual(walk.call_count, 5)
+        clock.return_value = now  # a tree that changed this very second may change again unseen
+        shutil.copy("tree/a/0.jpg", "tree/a/newer.jpg")
+        data.ImageFolder("tree", 32)
+        data.ImageFolder("tree", 32)
+        self.assertEqual(walk.call_count, 7)

@@ -1,0 +1,32 @@
+"""Files: atomic writes, fingerprints."""
+import copy
+import os
+from unittest import mock
+
+import torch
+
+import files
+import svg
+from files import UserError
+from tests.helpers import Case
+
+
+class Files(Case):
+    def test_failed_write_leaves_the_old_checkpoint_and_nothing_else(self):
+        svg.save_checkpoint("last.pt", {"step": 1})
+
+        def full_disk(checkpoint, f):
+            f.write(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+
+        with mock.patch("torch.save", full_disk), self.assertRaisesRegex(UserError, "last.pt.*No space"):
+            svg.save_checkpoint("last.pt", {"step": 2})
+        self.assertEqual((svg.load_checkpoint("last.pt"), os.listdir()), ({"step": 1}, ["last.pt"]))
+
+    def test_fingerprint_changes_with_one_weight_and_not_with_the_file(self):
+        a = {"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(3)}
+        half = {k: v.half() for k, v in reversed(a.items())}
+        self.assertEqual(files.fingerprint(a), files.fingerprint(half))
+        b = copy.deepcopy(a)
+        b["w"][1, 2] += 1e-5
+        self.assertEqual(len({files.fingerprint(x) for x in (a, b, {"w": a["w"].T, "b": a["b"]})}), 3)

@@ -1,0 +1,193 @@
+"""Bad input: one line that names the file or flag and the remedy, exit code 2, nothing written.
+
+Each row of a table is a command and the words that its error must hold. fid.py's and probe.py's own rows are
+in test_fid.py and test_probe.py.
+"""
+import os
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import files
+from tests.helpers import (
+    DIT_DATA,
+    MINI_AE,
+    MINI_DIT,
+    REAL_DATA,
+    Case,
+    ok,
+    trained,
+    write_pictures,
+    write_safetensors,
+)
+
+NEW_AE = MINI_AE + " --name new"
+NEW_DIT = MINI_DIT + " --name new"
+
+MISSING_FILES = [
+    ("train_ae --data good", "weights/dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "ai.meta.com",
+     "dinov2_vits14_pretrain.pth"),
+    ("train_ae --encoder dinov2_vits14_pretrain.pth --weights w", "w/dinov2_vits14_pretrain.pth", "https://",
+     "no network", "--weights"),
+    (NEW_AE + " --lpips 1 --weights w", "w/vgg16-397923af.pth", "https://", "no network", "--weights"),
+    ("fid good --save-stats x.npz --weights w", "w/pt_inception-2015-12-05-6726825d.pth", "https://",
+     "no network", "--weights"),
+]
+
+DAMAGED_FILES = [
+    # An encoder.
+    *[(f"train_ae --data good --encoder ./{file}", file, *words) for file, *words in (
+        ("text.pt", "not a readable checkpoint"), ("half.pt", "truncated"),
+        ("zero.pt", "not a readable checkpoint"), ("list.pt", "list"), ("int.pt", "int"),
+        ("half.safetensors", "truncated"), ("whole.safetensors", "patch_embed.proj"),
+        ("nowhere.pth", "no such file"), ("mlp.pth", "patch_embed.proj", "fc.weight"),
+        ("wrong.pth", "missing", "unexpected extra", "[7] instead of [384]"))],
+    # A transformer.
+    *[(f"sample --ckpt {file}", file) for file in (
+        "text.pt", "half.pt", "zero.pt", "list.pt", "int.pt", "ema.pt", "mlp.pth", "nowhere.pt", "sit.pt")],
+    # An autoencoder.
+    *[(f"train_dit --demo --name new --ae {file}", file) for file in (
+        "text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt")],
+    # Latent statistics.
+    *[(f"sample --latent-stats {file}", file) for file in ("text.npz", "zero.npz", "mlp.pth")],
+    ("sample --latent-stats stats.npz", "5 channels", "72"),
+]
+
+BAD_DATA = [
+    *[(f"{stage} --data {folder}", f"--data {folder}", words)
+      for stage in (f"train_ae {REAL_DATA}", DIT_DATA)
+      for folder, words in (("nowhere", "no such folder"), ("empty", "class folders"),
+                            ("hollow", "no images"), ("flat", "one folder per class"))],
+    (f"train_ae {REAL_DATA} --data unreadable", "no readable image"),
+    (f"{DIT_DATA} --data unreadable --workers 1", "no readable image"),
+    ("edit reconstruct empty", "reconstruct empty"),
+]
+
+BAD_FLAGS = [
+    ("sample --steps 0", "--steps", "'0'"),
+    ("sample --guidance -1", "--guidance", "'-1'"),
+    ("sample --guidance nan", "--guidance", "'nan'"),
+    ("sample --num 0", "--num"),
+    ("sample --shift 0", "--shift"),
+    ("sample --shift inf", "--shift", "'inf'"),
+    ("sample --seed -1", "--seed"),
+    ("sample --nonsense", "--nonsense"),
+    ("sample --dem", "--dem"),
+    ("sample --classes 10", "--classes 10", "0 to 9", "arrow"),
+    ("sample --classes unicorn", "--classes unicorn"),
+    ("sample --npz nowhere/x.npz", "--npz nowhere/x.npz"),
+    (NEW_AE + " --steps 0", "--steps"),
+    (NEW_AE + " --gan -1", "--gan", "'-1'"),
+    (NEW_AE + " --workers -1", "--workers", "'-1'"),
+    (NEW_AE + " --residual-channels -1", "--residual-channels", "'-1'"),
+    (NEW_AE + " --residual-channels 0 --align none", "--align none", "does nothing"),
+    (NEW_AE + " --image-size 48", "--image-size 48"),
+    (NEW_AE + " --decoder-mult 1,1", "--decoder-mult 1,1"),
+    (NEW_AE + " --decoder-channels 100", "--decoder-channels 100", "32"),
+    (NEW_AE + " --residual-dim 145", "--residual-dim 145", "48"),
+    (NEW_DIT + " --steps -3", "--steps"),
+    (NEW_DIT + " --seed -1", "--seed"),
+    (NEW_DIT + " --model 2,30,4", "--model 2,30,4"),
+    (NEW_DIT + " --model S", "--model S"),
+    (NEW_DIT + " --label-dropout 2", "--label-dropout", "'2'"),
+    (NEW_DIT + " --ema-decay 5", "--ema-decay", "'5'"),
+    # edit.py
+    ("edit", "reconstruct | redraw | interpolate"),
+    ("edit redraw good/a/0.png", "--box", "--class"),
+    ("edit redraw x.png --box 9,1,1,9 --class 3", "--box", "9,1,1,9"),
+    ("edit redraw x.png --box 1,1,9,9 --class 3", "x.png"),
+    ("edit redraw text.pt --box 1,1,9,9 --class 3", "text.pt", "not a readable"),
+    ("edit redraw good/a/0.png --box 1,1,9,99 --class 3", "--box", "32 x 32"),
+    ("edit redraw good/a/0.png --box 1,1,3,3 --class 3", "--box", "token"),
+    ("edit redraw good/a/0.png --box 1,1,9,9 --class 10", "0 to 9"),
+    ("edit redraw good/a/0.png --box 1,1,9,9 --class 3 --no-zero-init", "--no-zero-init"),
+    ("edit interpolate --class 3", "--seeds"),
+    ("edit interpolate --seeds 1 2", "--class"),
+    ("edit reconstruct good --num 3", "--num"),
+]
+
+DO_NOT_BELONG_TOGETHER = [
+    ("sample --ae other.pt", "runs/demo-dit/last.pt", "other.pt", "--ae"),
+    ("train_dit --data good", "train_ae.py", "--ae"),  # only demo runs are there
+    (MINI_AE + " --lr 0.1", "runs/demo-ae", "different run", "--lr 0.1 (was ", "--name"),
+    (MINI_DIT + " --name demo-ae", "runs/demo-ae", "different run"),
+    ("sample --steps 2 --out good --overwrite", "good", "not of this program", "--out"),
+    ("sample --steps 2 --out text.pt", "--out text.pt"),
+    ("sample --steps 2 --out .", "--out ."),
+]
+
+
+class BadInput(Case):
+    def setUp(self):
+        super().setUp()
+        shutil.copytree(trained() / "runs", "runs")
+        write_pictures("good/a", 2)
+        write_pictures("flat", 1)
+        for folder in ("empty", "w", "hollow/a", "unreadable/a"):
+            os.makedirs(folder)
+        for i in range(2):
+            Path(f"unreadable/a/{i}.png").write_text("no picture")
+        Path("text.pt").write_text("not a checkpoint\nat all\n")
+        Path("text.npz").write_text("not an archive\n")
+        Path("zero.pt").touch()
+        Path("zero.npz").touch()
+        checkpoint = Path("runs/demo-ae/last.pt").read_bytes()
+        Path("half.pt").write_bytes(checkpoint[:len(checkpoint) // 2])
+        write_safetensors("whole.safetensors", {"cls_token": torch.zeros(1, 1, 384)})
+        Path("half.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:200])
+        torch.save([1, 2], "list.pt")
+        torch.save({1: torch.zeros(2)}, "int.pt")
+        for kind in ("sit", "autoencoder"):
+            torch.save({"kind": kind}, f"{kind}.pt")
+        os.makedirs("runs/foreign")  # and a folder below runs/ that is none of ours
+        Path("runs/foreign/config.json").write_text("[not json")
+        torch.save({"ema": 0.999}, "ema.pt")
+        torch.save({"fc.weight": torch.zeros(2, 2)}, "mlp.pth")
+        shapes_of_wrong = {"cls_token": [1, 1, 384], "patch_embed.proj.weight": [384, 3, 14, 14],
+                           "norm.weight": [7], "extra": [1]}
+        torch.save({key: torch.zeros(shape) for key, shape in shapes_of_wrong.items()}, "wrong.pth")
+        np.savez("stats.npz", mean=np.zeros(5), std=np.ones(5))
+        torch.save({**files.load_checkpoint("runs/demo-ae/last.pt"), "fingerprint": "0" * 64}, "other.pt")
+
+    def test_missing_weights_say_where_to_get_them(self):
+        with mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
+            self.refuse_all(MISSING_FILES)
+
+    def test_damaged_and_foreign_files_are_named(self):
+        self.refuse_all(DAMAGED_FILES)
+
+    def test_bad_data_is_named(self):
+        self.refuse_all(BAD_DATA)
+
+    def test_flags_out_of_range_or_out_of_place_are_named(self):
+        self.refuse_all(BAD_FLAGS)
+
+    def test_things_that_do_not_belong_together_are_refused(self):
+        self.refuse_all(DO_NOT_BELONG_TOGETHER)
+
+    def test_a_batch_that_does_not_divide_by_the_processes_is_refused(self):
+        with mock.patch("runs.world_size", lambda: 3), mock.patch("runs.barrier"):
+            self.refused(NEW_AE, "--batch 8", "3 processes")
+            self.refused(NEW_DIT, "--batch 8", "3 processes")
+
+    def test_processes_that_see_different_disks_are_refused(self):
+        with mock.patch("runs.all_reduce", lambda x: x + 1):
+            self.refused(MINI_AE + " --steps 4 --save-every 2", "runs/demo-ae/last.pt", "shared disk")
+
+    def test_restarts_on_several_nodes_need_a_store_for_each(self):
+        nodes = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
+        with mock.patch.dict(os.environ, nodes):
+            self.refused(NEW_DIT, "--max-restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+
+    def test_samples_of_two_commands_are_never_mixed(self):
+        ok("sample --steps 2 --num 3 --out mine")
+        self.refused("sample --steps 3 --num 3 --out mine", "mine", "different run", "--overwrite")
+        ok("sample --steps 3 --num 3 --out mine --overwrite")
+        ok("sample --steps 2 --num 3 --out v1.25")
+        before = self.snapshot()
+        ok("sample --steps 3 --num 3 --out v1.55")
+        after = self.snapshot()
+        self.assertEqual([p for p in before if before[p] != after[p]], [])  # each with its own overview

@@ -1,0 +1,329 @@
+"""Training: the same numbers however it is cut up, and no fault that costs more than a save."""
+import contextlib
+import copy
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+import files
+import runs
+import shapes
+import svg
+from tests.helpers import (
+    MINI_AE,
+    MINI_DIT,
+    REAL_DATA,
+    Case,
+    ok,
+    pictures,
+    read_log,
+    run,
+    shell,
+    start,
+    trained,
+    write_pictures,
+)
+
+
+class Commands(Case):
+    def test_resumed_training_equals_uninterrupted_training(self):
+        ae = f" --ae {trained()}/runs/demo-ae/last.pt"
+        for command in (MINI_AE + " --gan 0.5 --disc-start 2", MINI_DIT + ae):
+            with self.subTest(command):
+                shutil.rmtree("runs", ignore_errors=True)
+                ok(command + " --name whole --steps 4")
+                ok(command + " --name halves --steps 2")
+                self.assertIn("resuming runs/halves at step 2", ok(command + " --name halves --steps 4"))
+                whole, halves = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("whole", "halves"))
+                self.assert_same(whole, halves)
+                self.assertEqual([entry["step"] for entry in read_log("halves")], [1, 2, 3, 4])
+                os.remove("runs/halves/last.pt")  # as if stopped before the first checkpoint
+                ok(command + " --name halves --steps 1")
+                self.assertEqual([entry["step"] for entry in read_log("halves")], [1])
+
+    def test_two_processes_train_the_same_transformer(self):
+        command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --steps 3 --name"
+        ok(command, "one")
+        shell(command, "two", "--accumulate", 2, processes=2)
+        one, two = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("one", "two"))
+        for key in one["ema"]:
+            self.close(one["ema"][key], two["ema"][key])
+
+    def test_samples_do_not_depend_on_batch_size_or_processes(self):
+        os.chdir(trained())
+        command = "sample --steps 3 --num 9 --out"
+        shown = ok(command, self.folder / "whole")
+        self.assertIn("runs/demo-dit/last.pt", shown)
+        ok(command, self.folder / "single", "--batch", 1)
+        ok(command, self.folder / "seven", "--batch", 7)
+        shell(command, self.folder / "two", processes=2)
+        whole = pictures(self.folder / "whole").astype(int)
+        self.assertGreater(len(np.unique(whole[:, 0, 0])), 3)
+        for other in ("single", "seven", "two"):
+            self.assertLessEqual(np.abs(pictures(self.folder / other) - whole).max(), 1, other)
+
+    def test_whole_demo_writes_what_is_documented(self):
+        shutil.copytree(trained() / "runs", "runs")
+        for name, also in (("demo-ae", {"0000002.pt", "0000004.pt", "preview-0000004.png"}),
+                           ("demo-dit", {"0000006.pt", "preview-0000006.png"})):
+            documented = {"config.json", "log.jsonl", "loss.png", "last.pt"}
+            self.assertEqual(set(os.listdir(f"runs/{name}")), documented | also)
+        shell("sample --demo --steps 2 --num 12 --classes star 0 --npz images.npz")
+        self.assertEqual(set(os.listdir()), {"images.npz", "runs", "samples", "samples.json", "samples.png"})
+        self.assertEqual(sorted(os.listdir("samples")), [f"{i:06d}.png" for i in range(12)])
+        np.testing.assert_array_equal(files.load_npz("images.npz")["arr_0"], pictures("samples"))
+        self.assertEqual(pictures("samples").shape, (12, 32, 32, 3))
+        ok("sample --demo --steps 2 --num 12 --classes star 0")  # the same command again is the same run
+        code, out, _ = run("fid samples --demo --num 10")
+        self.assertEqual(code, 0)
+        self.assertRegex(out, r"\d.*not Inception FID")
+        write_pictures("real/a", 3)
+        ok("edit reconstruct real")
+        self.assertEqual(sorted(os.listdir("reconstructions/a")), ["0.png", "1.png", "2.png"])
+        self.assertTrue(os.path.exists("reconstructions.png"))
+
+    def test_training_skips_a_corrupt_image_with_one_warning(self):
+        write_pictures("data/a", 3)
+        write_pictures("data/b", 3)
+        Path("data/a/1.png").write_bytes(Path("data/a/0.png").read_bytes()[:100])
+        code, _, err = run(f"train_ae {REAL_DATA} --data data --steps 5 --log-every 1")
+        self.assertEqual((code, err.count("\n")), (0, 1), err)
+        self.assertRegex(err, r"warning: data/a/1\.png.*skipped \(1 so far\)")
+        self.assertEqual(read_log("ae")[-1]["corrupt"], 1)
+
+
+class Training(Case):
+    """What a run of a week leans on: equal numbers however it is cut up; no fault costs more than a save."""
+
+    def train(self, name, *flags, steps=4, ae=False):
+        """A short run of a stage; its last checkpoint."""
+        command = MINI_AE if ae else MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001"
+        ok(f"{command} --name {name} --steps {steps}", *flags)
+        return svg.load_checkpoint(f"runs/{name}/last.pt")
+
+    def assert_same_weights(self, a, b, key="model", tolerance=0.0):
+        for k in a[key]:
+            torch.testing.assert_close(a[key][k], b[key][k], rtol=tolerance, atol=tolerance, msg=k)
+
+    def test_accumulation_and_recomputation_change_nothing(self):
+        whole = self.train("whole")
+        self.assert_same_weights(whole, self.train("recomputed", "--recompute"))
+        self.assert_same_weights(whole, self.train("parts", "--accumulate", 4), tolerance=1e-5)
+        for a, b in zip(read_log("whole"), read_log("parts"), strict=True):
+            self.assertAlmostEqual(a["loss"], b["loss"], delta=1e-5)
+            self.assertAlmostEqual(a["grad_norm"], b["grad_norm"], delta=1e-4)
+        self.assert_same_weights(self.train("ae", ae=True),
+                                 self.train("ae-recomputed", "--recompute", ae=True))
+
+    def test_two_processes_train_the_same_autoencoder(self):
+        command = MINI_AE + " --gan 0.5 --disc-start 1 --residual-dropout 0 --lr 0.000001 --steps 4 --name"
+        ok(command, "one")
+        shell(command, "two", processes=2)
+        ok(command, "parts", "--accumulate", 2)  # where statistics are those of half a batch
+        one, two, parts = ([entry["l1_loss"] + entry["disc_loss"] for entry in read_log(name)]
+                           for name in ("one", "two", "parts"))
+        np.testing.assert_allclose(two, one, rtol=1e-5)
+        self.assertGreater(np.abs(np.array(parts) - one).max(), 1e-3)
+        one, two = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("one", "two"))
+        # As vectors: Adam steps by rounding noise where a gradient is 0, as of a key's bias; with the noise
+        # a pixel's |x - y| changes sign. Adam's first moments are the gradients: unsynced they differ by 1.
+        for key, tolerance in (("model", 1e-5), ("disc", 1e-5), ("opt", 0.02), ("opt_disc", 0.02)):
+            parts = zip(*([v["exp_avg"] if "opt" in key else v for v in c[key].get("state", c[key]).values()]
+                          for c in (one, two)), strict=True)
+            a, b = (torch.cat([t.double().flatten() for t in side]) for side in zip(*parts, strict=True))
+            self.assertLess((a - b).norm() / a.norm(), tolerance, key)
+
+    def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(self):
+        p = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([p], 0.1, fused=True)
+        p.grad = torch.tensor([3.0, 0.0, 4.0])
+        norm, skipped = runs.optimizer_step(optimizer, clip=1.0)
+        self.close((norm.item(), float(skipped), p.grad.norm().item()), (5.0, 0.0, 1.0))
+        before = copy.deepcopy((p.data, optimizer.state_dict()["state"]))
+        q = torch.nn.Parameter(torch.ones(3))
+        p.grad, q.grad = torch.ones(3), torch.tensor([1.0, math.nan, 1.0])
+        self.assertTrue(runs.optimizer_step(optimizer, torch.optim.AdamW([q], fused=True), clip=1.0)[1])
+        self.assertEqual(q.tolist(), [1, 1, 1])  # and the optimiser beside it stays too
+        after = (p.data, optimizer.state_dict()["state"])
+        self.assertTrue(torch.equal(before[0], after[0]))
+        for k, v in before[1][0].items():
+            self.assertTrue(torch.equal(v, after[1][0][k]), k)
+
+        trained()
+        real, calls = svg.flow_loss, itertools.count()
+        bad = {1, 2, *range(4, 4 + runs.MAX_SKIPPED)}
+
+        def sometimes(*inputs):
+            return real(*inputs) * (math.nan if next(calls) in bad else 1)
+
+        with mock.patch("svg.flow_loss", sometimes):
+            self.train("bad", "--log-every", 2)
+            self.assertEqual([(e["step"], e["skipped"]) for e in read_log("bad")], [(2, 1), (4, 1)])
+            self.assertTrue(all(math.isfinite(e["loss"]) for e in read_log("bad")))
+            code, _, err = run(f"{MINI_DIT} --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --name bad "
+                               "--steps 99 --log-every 2")
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertRegex(err, rf"no finite gradient for {runs.MAX_SKIPPED} steps.*runs/bad/last\.pt")
+        self.assertEqual(svg.load_checkpoint("runs/bad/last.pt")["step"], 4)
+        os.makedirs("runs/mended")  # as the message says
+        shutil.copy("runs/bad/last.pt", "runs/mended")
+        command = f"{MINI_DIT} --ae {trained()}/runs/demo-ae/last.pt --name mended --steps 5 --lr"
+        self.assertIn("resuming runs/mended at step 4", ok(command, 0.001))
+        self.assertEqual(svg.load_checkpoint("runs/mended/last.pt")["opt"]["param_groups"][0]["lr"], 0.001)
+        for other, words in ((command.replace("--model 2", "--model 1"), "unexpected blocks.1"),
+                             (MINI_AE + " --name mended --lr", "not of this stage")):
+            os.remove("runs/mended/config.json")
+            code, _, err = run(other, 0.1)
+            self.assertEqual((code, err.count("\n")), (2, 1), err)
+            self.assertIn(words, err)
+
+    def test_signals_end_a_run_after_a_step_and_it_goes_on_exactly(self):
+        for ae in (False, True):
+            flags = ["--accumulate", 2, *["--gan", 0.5, "--disc-start", 1] * ae]
+            whole = self.train("whole", *flags, ae=ae, steps=4)
+            for number in runs.STOP_SIGNALS:
+                with self.subTest(number, ae=ae):
+                    real = runs.seed_step
+
+                    def seed_step(seed, step, *rank, number=number, real=real):
+                        if step == 1:
+                            os.kill(os.getpid(), number)  # in the middle of the second step
+                        real(seed, step, *rank)
+
+                    with mock.patch("runs.seed_step", seed_step):
+                        self.assertEqual(self.train("stopped", *flags, ae=ae)["step"], 2)
+                    with open("runs/stopped/log.jsonl", "a") as f:
+                        f.write('{"step": 3, "lo')  # what a full disk leaves of a line
+                    if ae:
+                        self.assertFalse(svg.load_autoencoder("runs/stopped/last.pt").measured)
+                    self.assert_same(whole, self.train("stopped", *flags, ae=ae))
+                    shutil.rmtree("runs/stopped")
+            shutil.rmtree("runs")
+
+    def test_stopped_run_says_how_to_go_on(self):
+        process = start(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 100000 --workers 2",
+                        start_new_session=True)
+        for line in process.stdout:
+            if line.startswith("step 2"):
+                os.killpg(process.pid, signal.SIGTERM)  # its loading processes too
+        _, err = process.communicate()
+        self.assertEqual((process.returncode, err), (0, ""))
+        self.assertRegex(line, r"SIGTERM: stopped after step \d+; "
+                               r"the same command resumes from runs/demo-dit/last.pt")
+
+    def test_two_processes_stop_together_and_a_dead_one_is_restarted_where_the_run_was(self):
+        command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 6 --save-every 2 --name"
+        shell(command, "whole", processes=2)
+        # One rank gets a signal in step 2; once gone on, the other dies in step 5 and torchrun restarts both.
+        Path("faulty.py").write_text("""
+import os, signal, sys, torch, train_dit, runs
+real = runs.seed_step
+def seed_step(seed, step, *rank):
+    if runs.rank() == 1 and step == 1 and not os.path.exists("runs/faulty/last.pt"):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    if runs.rank() == 0 and step == 4 and not os.path.exists("died"):
+        open("died", "w").close()
+        raise RuntimeError("the card fell off the bus")
+    real(seed, step, *rank)
+runs.seed_step = seed_step
+runs.run_main(train_dit.main)
+""")
+        command = command.replace("train_dit", f"{self.folder}/faulty")
+        self.assertIn("stopped after step 2", shell(command, "faulty", processes=2))
+        process = start(command, "faulty", processes=2, torchrun=["--max-restarts=1"])
+        out, err = process.communicate(timeout=120)
+        self.assertEqual(process.returncode, 0, err)
+        self.assertIn("the card fell off the bus", err)
+        self.assertIn("resuming runs/faulty at step 4", out)
+        self.assert_same(*(svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("whole", "faulty")))
+
+    def test_a_killed_save_leaves_the_checkpoint_before_it(self):
+        def save_for_ever():
+            torch.set_num_threads(1)
+            for i in itertools.count(last + 1):
+                svg.save_checkpoint("last.pt", {"step": i, "weights": torch.from_numpy(np.full(300_000, i))})
+
+        last = -1
+        for i in range(12):
+            child = multiprocessing.get_context("fork").Process(target=save_for_ever)
+            child.start()
+            time.sleep(0.05 + 0.013 * i)
+            child.kill()
+            child.join()
+            if os.path.exists("last.pt"):
+                checkpoint = svg.load_checkpoint("last.pt")
+                self.assertTrue((checkpoint["weights"] == checkpoint["step"]).all())
+                self.assertGreaterEqual(checkpoint["step"], last)
+                last = checkpoint["step"]
+        self.assertGreater(last, 12)
+
+    def test_a_killed_run_goes_on_from_its_last_save(self):
+        command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --save-every 1 --steps"
+        seen = 0
+        for _ in range(2):
+            process = start(command, 100000)
+            for line in process.stdout:
+                if line.startswith(f"step {seen + 5}/"):
+                    process.kill()
+            process.communicate()
+            step = svg.load_checkpoint("runs/demo-dit/last.pt")["step"]
+            self.assertGreaterEqual(step, seen + 4)
+            seen = step
+        Path("runs/demo-dit/.last.pt.1.tmp").touch()  # what a kill in the middle of a save leaves
+        self.assertIn(f"at step {seen}", ok(command, seen + 2))
+        self.assertEqual([e["step"] for e in read_log("demo-dit")], list(range(1, seen + 3)))
+        self.assertEqual(list(Path("runs/demo-dit").glob(".*")), [])
+
+    def test_full_disk_is_one_line_and_the_checkpoint_before_it_stays(self):
+        before = self.train("full", steps=2)
+        size = os.path.getsize("runs/full/last.pt")
+        process = start(
+            MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --lr 0.0001 --name full --steps 3",
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+        _, err = process.communicate(timeout=120)
+        self.assertEqual((process.returncode, err.count("\n")), (2, 1), err)
+        self.assertRegex(err, r"runs/full/last\.pt: not written .*intact")
+        self.assert_same(before, svg.load_checkpoint("runs/full/last.pt"))
+        self.assertEqual(list(Path("runs/full").glob(".*")), [])
+
+    def test_old_checkpoints_go_and_milestones_stay(self):
+        self.train("run", "--save-every", 1, "--keep", 2, "--milestone-every", 3, steps=7)
+        self.assertEqual(sorted(p.name for p in Path("runs/run").glob("[0-9]*.pt")),
+                         [f"000000{i}.pt" for i in (3, 5, 6, 7)])
+
+    def test_bench_needs_nothing_and_writes_nothing(self):
+        flags = "--demo --bench 2 --batch"
+        for command in (f"train_ae {flags} 4 --gan 0.5 --accumulate 2",
+                        f"train_dit --ae {shapes.DEMO_PT} {flags} 4 --recompute",
+                        f"sample --ckpt {shapes.DEMO_PT} {flags} 4 --steps 2", "fid --bench 1 --batch 1",
+                        "train_dit --model 1,32,2 --batch 2 --bench 1"):  # on the paper's autoencoder, fresh
+            with self.subTest(command):
+                result = json.loads(ok(command).splitlines()[-1])
+                self.assertEqual(result["script"], command.split()[0])
+                for key in ("step_seconds", "images_per_second", "tflops", "peak_gib"):
+                    self.assertGreater(result[key], 0, key)
+                self.assertEqual(os.listdir(), [])
+        block = svg.SiT({"depth": 1, "dim": 64, "heads": 2}, 8, 10, 4)
+        args = mock.Mock(bench=1, precision="fp32", compile=False)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            runs.bench(args, torch.device("cpu"), lambda n: lambda: block(
+                torch.zeros(n, 16, 8), torch.zeros(n), torch.zeros(n, dtype=torch.long)), 3, what="block")
+        result = json.loads(out.getvalue().splitlines()[-1])
+        per_token = 8 * 64 + 12 * 64 * 64 + 2 * 16 * 64 + 64 * 8  # embedding, block, attention, head
+        per_image = (256 + 64) * 64 + (6 + 2) * 64 * 64  # timestep embedding, adaLN
+        self.assertAlmostEqual(result["tflops"] * result["step_seconds"],
+                               3 * 2 * (16 * per_token + per_image) / 1e12,
+                               delta=0.001 * result["step_seconds"])
