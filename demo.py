@@ -134,7 +134,7 @@ def train_classifier(steps=1500, batch=64, seed=0):
         optimizer.step()
         schedule.step()
     model.eval()
-    held_out, _ = accuracy(model, pictures("shapes/val", 2000), np.arange(2000) % len(CLASSES))
+    held_out, _ = accuracy(model, pictures("shapes://val", 2000), np.arange(2000) % len(CLASSES))
     return model, held_out
 
 
@@ -165,7 +165,7 @@ def main():
     parser.add_argument("folder", nargs="?", default="samples", help="images by sample.py, for classify")
     args = parser.parse_args()
     if args.command == "show":
-        sheet = figures.grid_image(pictures("shapes/val", 60), 10, CLASSES * 6, "the demo's real images")
+        sheet = figures.grid_image(pictures("shapes://val", 60), 10, CLASSES * 6, "the demo's real images")
         sheet.save("shapes.png")
         print("shapes.png")
     elif args.command == "encoder":

@@ -37,7 +37,7 @@ from perceptual import LPIPS, Inception, inception_features, load_inception
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
-DEMO_REFERENCE = "shapes/val"
+DEMO_REFERENCE = "shapes://val"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "num", "protocol")  # of an .npz; _s: of the spatial features
 BLOCK = 256  # rows of a distance matrix that are in memory at a time: 100 MB against 50,000 images
 

@@ -129,8 +129,8 @@ def demo_sets(probe, size):
     if size != shapes.SIZE:
         raise UserError(f"--size {size}: the images of --demo have {shapes.SIZE} pixels, leave it out")
     if probe == "space":
-        return [shapes.dataset("shapes/val")]
-    return [shapes.dataset("shapes/train", 3000), shapes.dataset("shapes/val", 1000)]
+        return [shapes.dataset("shapes://val")]
+    return [shapes.dataset("shapes://train", 3000), shapes.dataset("shapes://val", 1000)]
 
 
 def rounded(value):

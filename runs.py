@@ -203,7 +203,8 @@ def add_training_flags(parser, name, batch, lr, steps):
     """Add the flags that both stages share."""
     add = parser.add_argument
     add("--demo", action="store_true", help="tiny sizes on built-in data, no download")
-    add("--data", default="data/imagenet/train", help="folder of class folders of images, or a packed set")
+    add("--data", default="data/imagenet/train",
+        help="folder of class folders of images, a packed set, or shapes://train, which is built in")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add("--name", default=name, help="folder of the run below runs/")
     add("--batch", type=positive, default=batch, help="images per step, over all processes")
@@ -497,8 +498,8 @@ class Run:
                 name = key if key in self.facts else f"--{key.replace('_', '-')}"
                 changed.append(f"{name} {value} (was {before.get(key)})")
         if changed:
-            raise UserError(f"{self.path} holds a different run: {'; '.join(changed)}; give the same flags to "
-                            f"resume it, or another --name")
+            raise UserError(f"{self.path} holds a different run: {'; '.join(changed)}; give the same "
+                            f"flags to resume it, or another --name")
 
     def resume(self):
         """Return the last checkpoint, or None, and drop log entries after it: the log has each step once.

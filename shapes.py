@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 SIZE = 32  # pixels per side
 GRID = 4  # latent tokens per side
 DEMO_PT = Path(__file__).parent / "demo.pt"
-SPLITS = {"shapes/train": {"count": 20_000, "seed": 1}, "shapes/val": {"count": 2_000, "seed": 2}}
+SPLITS = {"shapes://train": {"count": 20_000, "seed": 1}, "shapes://val": {"count": 2_000, "seed": 2}}
 
 
 def _polar(radii):
@@ -133,7 +133,7 @@ class Shapes(torch.utils.data.Dataset):
 
 
 def dataset(name, count=None):
-    """Return "shapes/train" (20,000 images) or "shapes/val" (2,000), or the first `count` of it."""
+    """Return "shapes://train" (20,000 images) or "shapes://val" (2,000), or the first `count` of it."""
     split = SPLITS[name]
     return Shapes(count or split["count"], split["seed"])
 

@@ -19,7 +19,7 @@ import svg
 from files import UserError
 
 DEMO = {  # what --demo changes
-    "data": "shapes/train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 2700,
+    "data": "shapes://train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 2700,
     "ema_decay": 0.99, "log_every": 100, "save_every": 900, "preview_every": 900, "workers": 0}
 
 

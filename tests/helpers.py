@@ -203,7 +203,7 @@ def pictures(folder):
 
 def demo_images(count):
     """The first images of the built-in validation set, [count, 3, 32, 32] in [-1, 1]."""
-    return data.to_float(torch.from_numpy(shapes.pictures("shapes/val", count)), "cpu")
+    return data.to_float(torch.from_numpy(shapes.pictures("shapes://val", count)), "cpu")
 
 
 def tiny_autoencoder(**residual):

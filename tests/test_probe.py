@@ -123,7 +123,7 @@ class Command(ProbeCase):
 class Classification(ProbeCase):
     def test_linear_probe_with_cached_and_with_fresh_crops(self):
         real = shapes.dataset
-        counts = {"shapes/train": 300, "shapes/val": 100}
+        counts = {"shapes://train": 300, "shapes://val": 100}
         with mock.patch("shapes.dataset", lambda name, count=None: real(name, counts[name])):
             self.assertGreater(self.numbers("classify --demo --batch 50")["top1"], 0.85)
             with mock.patch.dict(probe.DEMO["classify"], cache=False), \
