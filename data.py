@@ -213,7 +213,7 @@ class Packed(torch.utils.data.Dataset):
 
 
 def open_data(root, size, random_crop=False, seed=0):
-    """Open the images in `root`: class folders, a packed set, or the built-in shapes://train, shapes://val."""
+    """Open the images in `root`: class folders, a packed set, or the built-in shapes://train and val."""
     if str(root) in shapes.SPLITS:
         if size != shapes.SIZE:
             raise UserError(f"--data {root}: its images have {shapes.SIZE} pixels, needed at {size}")

@@ -50,7 +50,7 @@ def authors_autoencoder():
 
 @functools.cache
 def authors_sit(name):
-    """The authors' transformer from a checkpoint file; that of B has the doubled head, of which half counts."""
+    """The authors' transformer from a checkpoint file; dit_B has the doubled head, of which half counts."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save({"ema": weights(f"svg_{name}")}, f"{folder}/sit.pt")
         return svg.load_sit(f"{folder}/sit.pt")
@@ -208,8 +208,8 @@ class Golden(Case):
         u = torch.tensor([.25, .6])
         for name, shift in (("dit_tiny", 1.0), ("dit_tiny", 0.4), ("dit_B", 1.0), ("dit_B", 0.4)):
             with self.subTest(name, shift=shift), torch.no_grad():
-                loss = svg.flow_loss(authors_sit(name), normal(21, 2, 256, 392), torch.tensor([3, 5]), shift, u,
-                                     noise=normal(22, 2, 256, 392))
+                loss = svg.flow_loss(authors_sit(name), normal(21, 2, 256, 392), torch.tensor([3, 5]), shift,
+                                     u, noise=normal(22, 2, 256, 392))
                 self.agree(f"{name}/loss_shift{shift}", loss)
 
     def test_samples_agree_with_the_authors(self):
