@@ -213,6 +213,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def pixels(shape):
+    """Return "64x48 pixels" for an array of shape [48, 64, 3]."""
     return f"{shape[1]}x{shape[0]} pixels"
 
 

@@ -73,6 +73,7 @@ def image(seed, shape):
 
 
 def normal(seed, *shape):
+    """Standard normal numbers by NumPy's RandomState, as in the golden answers."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
@@ -194,10 +195,12 @@ def trained():
 
 
 def read_log(name):
+    """The entries of a run's log."""
     return [json.loads(line) for line in Path(f"runs/{name}/log.jsonl").read_text().splitlines()]
 
 
 def pictures(folder):
+    """The PNG files of a folder by name, uint8 [n, H, W, 3]."""
     return np.stack([np.asarray(Image.open(f)) for f in sorted(Path(folder).glob("*.png"))])
 
 
@@ -207,6 +210,7 @@ def demo_images(count):
 
 
 def tiny_autoencoder(**residual):
+    """An untrained autoencoder around demo.pt's encoder; residual: arguments of its ViT."""
     torch.manual_seed(0)
     return svg.Autoencoder(svg.load_encoder(shapes.DEMO_PT), image_size=32, grid=4,
                            residual={"dim": 32, "depth": 1, "heads": 1, **residual},
