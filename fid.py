@@ -39,7 +39,7 @@ INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"
 DEMO_REFERENCE = "shapes://val"
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s", "num", "protocol")  # of an .npz; _s: of the spatial features
-BLOCK = 256  # rows of a distance matrix that are in memory at a time: 100 MB against 50,000 images
+BLOCK = 1024  # rows of a distance matrix that are in memory at a time: 400 MB against 50,000 images
 
 # -- The formulas ------------------------------------------------------------------------------------------
 
@@ -120,8 +120,9 @@ def inception_score(logits, splits=10):
 def covered(x, centres, k):
     """Return the share of x [N, D] no farther from one of centres [M, D] than this one's k-th neighbour."""
     # k + 1, for each centre is its own nearest.
-    radii = [torch.cdist(rows, centres).kthvalue(k + 1).values for rows in centres.split(BLOCK)]
-    inside = [(torch.cdist(rows, centres) <= torch.cat(radii)).any(1) for rows in x.split(BLOCK)]
+    nearest = [torch.cdist(rows, centres).topk(k + 1, largest=False).values for rows in centres.split(BLOCK)]
+    radii = torch.cat(nearest).amax(1)
+    inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in x.split(BLOCK)]
     return torch.cat(inside).double().mean().item()
 
 
