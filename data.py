@@ -8,6 +8,7 @@ a run; it seeds the random crop.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -47,6 +48,8 @@ def adm_resize(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize([n // 2 for n in image.size], Image.Resampling.BOX)
     scale = size / min(image.size)
+    if max(image.size) * scale > 100 * size:  # a strip of a pixel would become gigabytes
+        raise UserError(f"a strip of {image.width} x {image.height} pixels is not a readable image")
     return image.resize([round(n * scale) for n in image.size], Image.Resampling.BICUBIC)
 
 
@@ -71,38 +74,53 @@ def to_uint8(images):
 
 # -- A tree of class folders -------------------------------------------------------------------------------
 
-def is_image(name):
-    """Whether a file name has the suffix of an image."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
 def list_images(folder):
-    """Return the sorted image files below a folder."""
-    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder, followlinks=True)
-                  for name in names if is_image(name))
+    """Return the sorted image files below a folder; hidden ones and an output folder's overview are not."""
+    found, _ = scan(folder)
+    return sorted(found)
 
 
-def walk_tree(root):
+def scan(folder):
+    """Return the images below a folder, and all folders with the times of their last change.
+
+    Left out are hidden files and folders, such as .ipynb_checkpoints, and the overview of an output folder.
+    """
+    images = []
+    times = {}
+    for where, folders, names in os.walk(folder, followlinks=True):
+        times[where] = os.stat(where).st_mtime_ns
+        folders[:] = [name for name in folders if not name.startswith(".")
+                      and not (name == files.OVERVIEW and files.RECORD in names)]
+        images += [os.path.join(where, name) for name in names if not name.startswith(".")
+                   and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    return images, times
+
+
+def walk_tree(root, flat=False):
     """Return an image tree as arrays: classes, names and labels of the images, folders and their times.
 
-    names and folders are paths below the root; times say when each folder last changed.
+    Each folder in root that has images below it is a class; loose images beside such folders are left out.
+    With `flat`, or without such folders, all images are of one class. names, loose and folders are paths
+    below the root; times say when each folder last changed.
     """
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-    names = []
-    labels = []
-    times = {".": os.stat(root).st_mtime_ns}
-    for label, class_name in enumerate(classes):
-        found = []
-        for where, _, inside in os.walk(os.path.join(root, class_name), followlinks=True):
-            times[os.path.relpath(where, root)] = os.stat(where).st_mtime_ns
-            found += [os.path.join(where, name) for name in inside if is_image(name)]
-        names += [os.path.relpath(path, root) for path in sorted(found)]
-        labels += [label] * len(found)
+    images, times = scan(root)
+    by_class = {}
+    for path in sorted(os.path.relpath(path, root) for path in images):
+        folder, _, below = path.partition(os.path.sep)
+        by_class.setdefault(folder if below else "", []).append(path)
+    loose = by_class.pop("", [])
+    if flat or not by_class:
+        every = sorted(itertools.chain(loose, *by_class.values()))
+        by_class = {os.path.basename(root): every} if every else {}
+        loose = []
+    classes = sorted(by_class)
+    counts = np.array([len(by_class[name]) for name in classes], int)
     # Arrays of bytes, not lists of str: workers share an array, copies of a list would grow with every epoch.
     return {"classes": np.array(classes, str),
-            "names": np.array([os.fsencode(name) for name in names], bytes),
-            "labels": np.array(labels, np.int64),
-            "folders": np.array([os.fsencode(folder) for folder in times], bytes),
+            "names": np.array([os.fsencode(path) for name in classes for path in by_class[name]], bytes),
+            "labels": np.repeat(np.arange(len(classes)), counts),
+            "loose": np.array([os.fsencode(path) for path in loose], bytes),
+            "folders": np.array([os.fsencode(os.path.relpath(folder, root)) for folder in times], bytes),
             "times": np.array(list(times.values()), np.int64)}
 
 
@@ -113,7 +131,7 @@ def index_tree(root):
     """
     root = os.path.realpath(root)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "svg"
-    cache /= hashlib.sha256(os.fsencode(root)).hexdigest()[:32] + ".npz"
+    cache /= hashlib.sha256(b"2" + os.fsencode(root)).hexdigest()[:32] + ".npz"  # 2: of the format
     with contextlib.suppress(UserError, KeyError, OSError):
         index = files.load_npz(cache)
         times = [os.stat(os.path.join(root, os.fsdecode(f))).st_mtime_ns for f in index["folders"]]
@@ -128,12 +146,13 @@ def index_tree(root):
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """A tree root/class/image, in which the sorted class folders are the labels.
+    """A tree root/class/image, in which the sorted class folders are the labels, or a folder of one class.
 
-    A corrupt image is replaced by the next good one and its index returned, for the caller to report.
+    A corrupt image is replaced by the next good one and its index returned, for the caller to report. flat:
+    all images are of one class.
     """
 
-    def __init__(self, root, size, random_crop=False, seed=0):
+    def __init__(self, root, size, random_crop=False, seed=0, flat=False):
         if not os.path.isdir(root):
             raise UserError(f"--data {root}: no such folder")
         self.root = str(root)
@@ -142,18 +161,18 @@ class ImageFolder(torch.utils.data.Dataset):
         self.seed = seed
         if runs.rank() > 0:  # the first process walks the tree, the others read its cache
             runs.barrier()
-        index = index_tree(root)
+        index = walk_tree(root, flat) if flat else index_tree(root)
         if runs.rank() == 0:
             runs.barrier()
         self.classes = index["classes"].tolist()
         self.names = index["names"]
         self.labels = index["labels"]
-        if len(self.names) == 0 and any(is_image(name) for name in os.listdir(root)):
-            raise UserError(f"--data {root}: images, but no class folders; sort them into one folder per "
-                            f"class")
         if len(self.names) == 0:
-            raise UserError(f"--data {root}: no images in class folders (root/class/image.jpg), and not a "
-                            f"packed set")
+            raise UserError(f"--data {root}: no images, in class folders (root/class/image.jpg) or loose, "
+                            f"and not a packed set")
+        if len(index["loose"]) and runs.rank() == 0:
+            warnings.warn(f"{self.root}: {len(index['loose'])} images beside the class folders are left out, "
+                          f"such as {os.fsdecode(index['loose'][0])}")
         self[0, 0]  # refuses a folder of corrupt images here, and not in a worker
 
     def __len__(self):
@@ -191,9 +210,17 @@ class Packed(torch.utils.data.Dataset):
             raise UserError(f"--data {root}: not a whole packed set ({files.short_error(e)}); pack it "
                             f"again") from e
         square = self.images.shape[1:2] * 2
-        if self.images.dtype != np.uint8 or self.images.shape != (len(self.labels), *square, 3):
-            raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} "
-                            f"with {len(self.labels)} labels, not uint8 [N, size, size, 3]; pack it again")
+        if self.images.dtype != np.uint8 or self.images.shape != (*self.labels.shape, *square, 3):
+            raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} and "
+                            f"labels.npy {list(self.labels.shape)}, not uint8 [N, size, size, 3] and [N]; "
+                            f"pack it again")
+        if len(self.labels) == 0:
+            raise UserError(f"--data {root}: a packed set of no images")
+        if not isinstance(self.classes, list) or not all(isinstance(c, str) for c in self.classes):
+            raise UserError(f"--data {root}: classes.json is no list of names; pack it again")
+        if self.labels.dtype.kind != "i" or not set(np.unique(self.labels)) <= set(range(len(self.classes))):
+            raise UserError(f"--data {root}: labels.npy does not fit the {len(self.classes)} names of "
+                            f"classes.json; pack it again")
         if size and self.images.shape[1] != size:
             raise UserError(f"--data {root}: packed at {self.images.shape[1]} pixels, needed at {size}: "
                             f"pack it again with --size {size}")
@@ -251,6 +278,11 @@ def batches_of(dataset, items, workers, pin=False):
         prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals)
 
 
+def batch_size(batch):
+    """Return the number of images of a batch of a DataLoader: images, labels, ..."""
+    return len(batch[0])
+
+
 class Stream:
     """This rank's items of an endless stream of batches, from global batch `start` on.
 
@@ -289,7 +321,8 @@ def spread_batches(dataset, count, batch, workers, device):
     indices = np.linspace(0, len(dataset), min(count, len(dataset)), endpoint=False).astype(int)
     indices = indices[runs.rank()::runs.world_size()].tolist()
     chunks = [[(i, 0) for i in indices[j:j + batch]] for j in range(0, len(indices), batch)]
-    for images, _, _ in batches_of(dataset, chunks, workers):
+    batches = batches_of(dataset, chunks, workers)
+    for images, _, _ in runs.progress(batches, "measuring the latents", min(count, len(dataset)), batch_size):
         yield to_float(images, device)
 
 
@@ -305,12 +338,13 @@ def pack(src, dst, size, workers=0):
     and the names of the corrupt ones, which are left out. A stopped run resumes where it was; `dst` appears
     when it is whole.
     """
-    dataset = ImageFolder(src, size)
     dst = Path(dst)
     part = dst.with_name(dst.name + ".part")
     if dst.exists():
         raise UserError(f"{dst} already exists: give another name, or remove it")
-    part.mkdir(parents=True, exist_ok=True)
+    dataset = ImageFolder(src, size)
+    print(f"{runs.describe(dataset, src)} | {size} pixels | {workers} processes | writes {dst}", flush=True)
+    runs.lock_folder(part)
 
     source = hashlib.sha256(b"\n".join([*dataset.names.tolist(), str(size).encode()])).hexdigest()
     state = files.read_json(part / "state.json")
@@ -327,6 +361,7 @@ def pack(src, dst, size, workers=0):
     files.write_atomically(part / "labels.npy", lambda file: np.save(file, labels))
     files.write_json(part / "classes.json", dataset.classes)
     (part / "state.json").unlink()
+    (part / ".lock").unlink()
     part.rename(dst)
     return len(labels), [dataset.name(i) for i in state["corrupt"]]
 
@@ -339,20 +374,17 @@ def write_images(file, dataset, state, state_file, workers):
     file.seek(0, os.SEEK_END)
     chunks = [[(i, 0) for i in range(start, min(start + 64, len(dataset)))]
               for start in range(first, len(dataset), 64)]
-    start = time.time()
-    shown = 0.0
-    for images, _, corrupt in batches_of(dataset, chunks, workers):
+    saved = 0.0
+    batches = runs.progress(batches_of(dataset, chunks, workers), "packing", len(dataset) - first, batch_size)
+    for images, _, corrupt in batches:
         file.write(images[corrupt < 0].numpy().tobytes())
         state["corrupt"] += corrupt[corrupt >= 0].tolist()
         state["read"] += len(images)
-        if time.time() - shown > 10 or state["read"] == len(dataset):
+        if time.time() - saved > 10 or state["read"] == len(dataset):
             file.flush()
             os.fsync(file.fileno())  # first the images, then the record that they are there
             files.write_json(state_file, state)
-            shown = time.time()
-            rate = (state["read"] - first) / (shown - start)
-            left = runs.duration((len(dataset) - state["read"]) / rate)
-            print(f"{state['read']}/{len(dataset)}  {rate:.1f} images/s  {left} left", flush=True)
+            saved = time.time()
 
 
 def main():
@@ -362,7 +394,7 @@ def main():
     add = parser.add_argument
     add("command", choices=["pack"])
     add("src", help="folder of class folders of images")
-    add("dst", help="folder to write, for --data: images.npy, labels.npy, classes.json")
+    add("dst", type=runs.new_path, help="folder to write, for --data: images.npy, labels.npy, classes.json")
     add("--size", type=runs.positive, default=256, help="pixels per side, cropped the ADM way")
     add("--workers", type=runs.not_negative, default=os.cpu_count(), help="decoding processes")
     args = parser.parse_args()

@@ -29,13 +29,13 @@ VIT = {"patch": SIZE // GRID, "dim": 64, "depth": 4, "heads": 1, "registers": 4,
 
 
 def random_batches(seed, steps, batch, count=20_000):
-    """Yield `steps` random batches (images, labels, outline masks) of `count` pictures drawn with `seed`."""
+    """Return `steps` random batches (images, labels, outline masks) of `count` pictures drawn with `seed`."""
     rng = np.random.default_rng(seed)
-    drawn = [draw(i % len(CLASSES), rng) for i in range(count)]
+    drawing = runs.progress(range(count), "drawing", count, lambda _: 1)
+    drawn = [draw(i % len(CLASSES), rng) for i in drawing]
     images, masks = (torch.from_numpy(np.stack(parts)) for parts in zip(*drawn, strict=True))
-    for _ in range(steps):
-        i = torch.from_numpy(rng.integers(0, count, batch))
-        yield data.to_float(images[i], "cpu"), i % len(CLASSES), masks[i]
+    chosen = (torch.from_numpy(rng.integers(0, count, batch)) for _ in range(steps))
+    return ((data.to_float(images[i], "cpu"), i % len(CLASSES), masks[i]) for i in chosen)
 
 
 # -- The frozen encoder ------------------------------------------------------------------------------------
@@ -88,9 +88,12 @@ def train_encoder(path, steps=5000, batch=64, seed=0):
 
 # -- The embedded model ------------------------------------------------------------------------------------
 
+STATISTICS = ("alignment", "alignment_batches", "latent_mean", "latent_std")
+
+
 def half(weights):
-    """Return a state dict in half precision; whole numbers stay."""
-    return {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    """Return a state dict in half precision, but for its statistics."""
+    return {k: v if k in STATISTICS else v.half() for k, v in weights.items()}
 
 
 def pack(path):
@@ -105,12 +108,16 @@ def pack(path):
     if dit["autoencoder"]["fingerprint"] != ae["fingerprint"]:
         raise UserError(f"{dit_path} was not trained on {ae_path}: train the newest of both stages together")
     encoder = files.load_checkpoint(ae["encoder_file"]["file"])["encoder"]
-    kept_keys = ("kind", "config", "fingerprint", "encoder_file", "autoencoder", "classes", "step")
+    kept_keys = ("kind", "config", "encoder_file", "classes", "step", *STATISTICS)
     kept_ae = {k: v for k, v in ae.items() if k in kept_keys}
     kept_dit = {k: v for k, v in dit.items() if k in kept_keys}
-    files.save_checkpoint(path, {"encoder": encoder,
-                                 "autoencoder": {**kept_ae, "model": half(ae["model"])},
-                                 "sit": {**kept_dit, "ema": half(dit["ema"])}})
+    kept_ae["model"] = half(ae["model"])
+    kept_dit["ema"] = half(dit["ema"])
+    # Rounded weights are other weights.
+    kept_ae["fingerprint"] = files.fingerprint(kept_ae["model"])
+    kept_dit["fingerprint"] = files.fingerprint(kept_dit["ema"])
+    kept_dit["autoencoder"] = {"path": str(path), "fingerprint": kept_ae["fingerprint"]}
+    files.save_checkpoint(path, {"encoder": encoder, "autoencoder": kept_ae, "sit": kept_dit})
 
 
 # -- The judge: do samples show what they were asked for? --------------------------------------------------
@@ -127,7 +134,8 @@ def train_classifier(steps=1500, batch=64, seed=0):
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 10))
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    for images, labels, _ in random_batches(4, steps, batch, 10_000):
+    batches = random_batches(4, steps, batch, 10_000)
+    for images, labels, _ in runs.progress(batches, "training the judge", steps * batch, data.batch_size):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -151,6 +159,7 @@ def classify(folder):
     if not paths:
         raise UserError(f"{folder}: no images; run sample.py first")
     images = np.stack([np.asarray(data.open_rgb(path)) for path in paths])
+    runs.say_start(torch.device("cpu"), "fp32", f"{folder}: {len(paths)} images")
     model, held_out = train_classifier()
     share, by_class = accuracy(model, images, np.arange(len(paths)) % len(CLASSES))
     print(f"classifier: {held_out:.1%} right on held-out real images; "
@@ -166,7 +175,7 @@ def main():
     args = parser.parse_args()
     if args.command == "show":
         sheet = figures.grid_image(pictures("shapes://val", 60), 10, CLASSES * 6, "the demo's real images")
-        sheet.save("shapes.png")
+        files.save_image("shapes.png", sheet)
         print("shapes.png")
     elif args.command == "encoder":
         Path("runs").mkdir(exist_ok=True)

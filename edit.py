@@ -4,10 +4,11 @@
     python edit.py redraw photo.jpg --box 60,40,200,180 --class 207  # paper, appendix C
     python edit.py interpolate --class 207 --seeds 1 2 --frames 8    # paper, appendix D
 
-Each takes --help. Each writes its pictures into a folder, with a record (.json) and a labelled overview
-(.png) beside it.
+Each takes --help. Each writes its pictures into a folder, with a record (record.json) and a labelled overview
+(overview/) in it.
 """
 import argparse
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 
 import data
 import figures
+import files
 import runs
 import svg
 from files import UserError
@@ -31,21 +33,20 @@ from sample import (
     images_of,
     model_record,
     newest_run,
+    to_pictures,
 )
 
 # -- Reconstruction ----------------------------------------------------------------------------------------
 
 
-def target_names(folder):
-    """Return {name of the PNG to write: image file} for the images below a folder."""
-    targets = {}
-    for file in data.list_images(folder):
-        target = os.path.splitext(os.path.relpath(file, folder))[0] + ".png"
-        if target in targets:
-            raise UserError(f"{targets[target]} and {file} would both become {target}: rename one")
-        targets[target] = file
-    if not targets:
-        raise UserError(f"reconstruct {folder}: no images there")
+def target_names(dataset):
+    """Return the PNG to write for each image of a folder: the same path below it, but for the suffix."""
+    targets = [os.path.splitext(os.fsdecode(name))[0] + ".png" for name in dataset.names]
+    first = {}
+    for i, target in enumerate(targets):
+        if first.setdefault(target, i) != i:
+            raise UserError(f"{dataset.name(first[target])} and {dataset.name(i)} would both become "
+                            f"{target}: rename one")
     return targets
 
 
@@ -54,43 +55,42 @@ def reconstruct(args, device):
     path = args.ae or newest_run("ae", args)
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
     check_alignment(ae, path, args)
-    targets = target_names(args.folder)
+    if not data.list_images(args.folder):
+        raise UserError(f"reconstruct {args.folder}: no images there")
+    dataset = data.ImageFolder(args.folder, ae.image_size, flat=True)
+    targets = target_names(dataset)
     out = Path(args.out)
-    runs.claim_folder(out, {"reconstruct": args.folder, "autoencoder": ae.fingerprint, "align": args.align,
-                            "precision": args.precision}, args.overwrite)
+    overview = f"{files.OVERVIEW}/reconstructions.png"
+    runs.claim_folder(args, {"reconstruct": args.folder, "autoencoder": ae.fingerprint, "align": args.align,
+                             "precision": args.precision}, [*targets, overview], [args.folder])
+    runs.say_start(device, args.precision, f"{args.folder}: {len(dataset):,} images",
+                   runs.millions(autoencoder=ae), f"writes {out}/")
 
     # This rank's share of the images.
-    mine = list(targets)[runs.rank()::runs.world_size()]
-    for j in range(0, len(mine), args.batch):
-        originals = {}
-        for target in mine[j:j + args.batch]:
-            try:
-                originals[target] = data.crop(data.open_rgb(targets[target]), ae.image_size)
-            except UserError as e:
-                warnings.warn(f"{e}, left out")
-        if not originals:
-            continue
-        images = data.to_float(torch.from_numpy(np.stack(list(originals.values()))), device)
+    mine = range(len(targets))[runs.rank()::runs.world_size()]
+    items = [[(i, 0) for i in mine[j:j + args.batch]] for j in range(0, len(mine), args.batch)]
+    batches = data.batches_of(dataset, items, args.workers)
+    batches = runs.progress(batches, "reconstructing", len(targets), data.batch_size)
+    for indices, (images, _, corrupt) in zip(items, batches, strict=True):
         with torch.no_grad(), runs.autocast(device, args.precision):
-            images = data.to_uint8(ae.decode(ae.encode(images, args.align)))
-        for target, image in zip(originals, images, strict=True):
-            (out / target).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(out / target)
+            images = data.to_uint8(ae.decode(ae.encode(data.to_float(images, device), args.align)))
+        for (i, _), image, bad in zip(indices, images, corrupt.tolist(), strict=True):
+            if bad >= 0:
+                warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
+            else:
+                files.save_image(out / targets[i], image)
     runs.barrier()
     if runs.rank() != 0:
         return
 
     # Overview.
-    written = [target for target in targets if (out / target).exists()]
-    if not written:
-        raise UserError(f"reconstruct {args.folder}: no readable image there")
+    written = [i for i, target in enumerate(targets) if (out / target).exists()]
     shown = [written[i] for i in np.linspace(0, len(written) - 1, min(10, len(written))).astype(int)]
-    pairs = [data.crop(data.open_rgb(targets[target]), ae.image_size) for target in shown]
-    pairs += [np.asarray(Image.open(out / target)) for target in shown]
-    overview = runs.sibling(out, ".png")
+    pairs = [dataset[i, 0][0] for i in shown]
+    pairs += [np.asarray(Image.open(out / targets[i])) for i in shown]
     title = f"{Path(path).name}: originals above reconstructions"
-    figures.grid_image(np.stack(pairs), len(shown), title=title).save(overview)
-    print(f"{len(written)} images reconstructed by {path} in {out}/, overview in {overview}")
+    files.save_image(out / overview, figures.grid_image(np.stack(pairs), len(shown), title=title))
+    print(f"{len(written)} images reconstructed by {path} in {out}/, overview in {out}/{overview}")
 
 
 def check_alignment(ae, path, args):
@@ -185,9 +185,13 @@ def redraw(args, device):
     photo = data.open_rgb(args.photo)
     weights = edit_mask(photo.size, args.box, ae.image_size, ae.grid, args.outside).to(device)
     out = Path(args.out)
-    runs.claim_folder(out, {**model_record(sit, ae, args), "redraw": args.photo, "seed": args.seed,
-                            "box": args.box, "outside": args.outside, "t_edit": args.t_edit,
-                            "classes": args.classes, "align": args.align}, args.overwrite)
+    result = f"{Path(args.photo).stem}.png"
+    overview = f"{files.OVERVIEW}/{result}"
+    runs.claim_folder(args, {**model_record(sit, ae, args), "redraw": args.photo, "seed": args.seed,
+                             "box": args.box, "outside": args.outside, "t_edit": args.t_edit,
+                             "classes": args.classes, "align": args.align}, [result, overview], [args.photo])
+    runs.say_start(device, args.precision, f"{args.photo}, {photo.width} x {photo.height} pixels",
+                   runs.millions(SiT=sit, autoencoder=ae), f"writes {out}/")
     original = data.crop(photo, ae.image_size)
     times = [args.t_edit, *(t for t in svg.euler_times(args.steps, args.shift) if t > args.t_edit)]
     with torch.no_grad(), runs.autocast(device, args.precision):
@@ -195,22 +199,20 @@ def redraw(args, device):
         latents = ae.normalize(ae.encode(image, args.align)).float()
         edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance,
                               args.guidance_interval)
-        before, after = data.to_uint8(ae.decode(ae.denormalize(torch.cat([latents, edited]))))
+        before, after = to_pictures(ae, torch.cat([latents, edited]), args)
     if runs.rank() != 0:
         return
 
-    # The result, and an overview beside its folder.
-    result = out / f"{Path(args.photo).stem}.png"
-    Image.fromarray(after).save(result)
+    # The result, and an overview.
+    files.save_image(out / result, after)
     mask = (weights.view(ae.grid, ae.grid, 1).cpu().numpy() * 255).round().astype(np.uint8)
     mask = mask.repeat(ae.ratio, 0).repeat(ae.ratio, 1).repeat(3, 2)
     labels = ("original", "reconstruction", "noise (white: all new)", f"edit: class {args.classes[0]}")
     title = (f"{args.photo}: t_edit {args.t_edit:g}, {len(times) - 1} of {args.steps} Euler steps, guidance "
              f"{args.guidance:g}, seed {args.seed}")
-    overview = runs.sibling(out, ".png")
     tiles = np.stack([original, before, mask, after])
-    figures.grid_image(tiles, 4, labels, title, max(192, ae.image_size)).save(overview)
-    print(f"{result} and {overview}, by {path}")
+    files.save_image(out / overview, figures.grid_image(tiles, 4, labels, title, max(192, ae.image_size)))
+    print(f"{out}/{result} and {out}/{overview}, by {path}")
 
 
 # -- Interpolation (paper, appendix D) ---------------------------------------------------------------------
@@ -234,8 +236,13 @@ def interpolate(args, device):
     sit, ae, path = find_models(args, device)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     out = Path(args.out)
-    runs.claim_folder(out, {**model_record(sit, ae, args), "interpolate": args.kind, "seeds": args.seeds,
-                            "frames": args.frames, "classes": args.classes}, args.overwrite)
+    names = {kind: [f"{kind}-{i:06d}.png" for i in range(args.frames)] for kind in args.kind}
+    strips = {kind: f"{files.OVERVIEW}/{kind}.png" for kind in args.kind}
+    runs.claim_folder(args, {**model_record(sit, ae, args), "interpolate": args.kind, "seeds": args.seeds,
+                             "frames": args.frames, "classes": args.classes},
+                      [*itertools.chain(*names.values()), *strips.values()])
+    runs.say_start(device, args.precision, str(path), runs.millions(SiT=sit, decoder=ae.decoder),
+                   f"writes {out}/")
     a, b = (svg.sample_noise(seed, [0], (sit.grid ** 2, sit.channels))[0] for seed in args.seeds)
     weights = torch.linspace(0, 1, args.frames)
     labels = [f"{w:.2f}" for w in weights]
@@ -246,12 +253,11 @@ def interpolate(args, device):
         frames = np.concatenate([images_of(sit, ae, part, y.expand(len(part)), args)
                                  for part in noise.split(args.batch)])
         if runs.rank() == 0:
-            for i, frame in enumerate(frames):
-                Image.fromarray(frame).save(out / f"{kind}-{i:06d}.png")
+            for name, frame in zip(names[kind], frames, strict=True):
+                files.save_image(out / name, frame)
             title = f"{kind}, class {args.classes[0]}: {args.steps} Euler steps, guidance {args.guidance:g}"
-            strip = runs.sibling(out, f"-{kind}.png")
-            figures.grid_image(frames, len(frames), labels, title).save(strip)
-            print(f"{out}/{kind}-*.png and {strip}, by {path}")
+            files.save_image(out / strips[kind], figures.grid_image(frames, len(frames), labels, title))
+            print(f"{out}/{kind}-*.png and {out}/{strips[kind]}, by {path}")
 
 
 # -- The command -------------------------------------------------------------------------------------------
@@ -283,9 +289,8 @@ def parse_args():
     def add_command(function, out):
         command = commands.add_parser(function.__name__, doc=function.__doc__)
         command.set_defaults(function=function)
+        runs.add_output_flags(command, out)
         add = command.add_argument
-        add("--out", default=out, help="folder to write")
-        add("--overwrite", action="store_true", help="replace what another run left in --out")
         add("--precision", choices=("fp32", "tf32", "bf16"), help="of the models' arithmetic",
             default="bf16" if torch.cuda.is_available() else "fp32")
         return command
@@ -296,6 +301,8 @@ def parse_args():
     add("--ae", help="autoencoder checkpoint (default: the newest run, else demo.pt)")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
+    add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),
+        help="data loading processes per process; 0: this one loads")
     add_align_flag(add)
 
     command = add_command(redraw, "edit")

@@ -16,8 +16,6 @@ import functools
 import math
 import os
 import struct
-import sys
-import time
 import warnings
 import zipfile
 
@@ -285,8 +283,11 @@ def open_npz(path):
         if key != "protocol" and (array.dtype.kind not in "fiu" or not np.isfinite(array).all()):
             raise UserError(f"{path}: {key} is not finite")
     sigma = arrays["sigma"]
-    if sigma.ndim != 2 or (np.diagonal(sigma) < 0).any() or np.ndim(statistics.get("num", 0)):
+    num = statistics.get("num", 2)
+    if sigma.ndim != 2 or (np.diagonal(sigma) < 0).any() or np.ndim(num) or num < 2:
         raise UserError(f"{path}: sigma or num is not that of a set of images")
+    if not isinstance(statistics.get("protocol", ""), str):
+        raise UserError(f"{path}: its protocol is not text")
     return statistics, images
 
 
@@ -302,6 +303,10 @@ def open_source(path, size=0, num=0):
         images = data.Packed(path).images
     elif os.path.isdir(path):
         images = data.list_images(path)
+        recorded = [name for name in files.read_record(path)["files"] if not name.startswith(files.OVERVIEW)]
+        if len(images) < len(recorded):
+            warnings.warn(f"{path}: {len(images)} images, but its record says {len(recorded)}: its program "
+                          f"was stopped, or images were removed")
     else:
         statistics, images = open_npz(path)
     if statistics and num:
@@ -383,20 +388,8 @@ def batches(images, args, device):
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(images, share), args.batch, pin_memory=device.type == "cuda",
         num_workers=args.workers if images.files else 0)  # an array needs no decoding
-    tty = sys.stderr.isatty()
-    start = time.time()
-    shown = start
-    done = 0
-    for batch in loader:
+    for batch in runs.progress(loader, images.name, len(images)):
         yield batch.to(device, non_blocking=True)
-        done += len(batch)
-        now = time.time()
-        last = done == len(share)
-        if runs.rank() == 0 and (last or now - shown > (1 if tty else 10)):
-            shown = now
-            print(f"{images.name}: {len(images) * done // len(share)}/{len(images)} images  "
-                  f"{done * world / (now - start):.1f} images/s", end="\r" if tty and not last else "\n",
-                  file=sys.stderr, flush=True)
 
 
 def measure(source, extract, protocol, args, device):
@@ -549,14 +542,12 @@ def parse_args():
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),
         help="processes that decode images, per process that measures; 0: this one does")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-    add("--save-stats", metavar="OUT.npz",
+    add("--save-stats", metavar="OUT.npz", type=runs.new_file,
         help="write the samples' statistics, for --ref, pytorch-fid or ADM; without --ref, only that")
-    add("--json", metavar="OUT.json", help="write the numbers and what they were measured on")
+    add("--json", metavar="OUT.json", type=runs.new_file,
+        help="write the numbers and what they were measured on")
     runs.add_bench_flag(parser)
     args = parser.parse_args()
-    for flag, path in (("--save-stats", args.save_stats), ("--json", args.json)):
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise UserError(f"{flag} {path}: no such folder")
     if args.paired and args.ref in (None, DEMO_REFERENCE):
         raise UserError("--paired needs --ref, the originals")
     if args.features and not args.ref and not args.save_stats:
@@ -601,6 +592,8 @@ def main():
     reference = open_reference(args, samples)
     sources = [source for source in (samples, reference) if source]
     extract, protocol, name = choose_features(sources, args, device)
+    counts = [f"{s['name']}: {len(s['images']):,} images" if "images" in s else s["name"] for s in sources]
+    runs.say_start(device, args.precision, " against ".join(counts), protocol or "saved statistics")
 
     # Every process measures its share; the first one continues with the whole.
     if args.paired:
@@ -616,7 +609,7 @@ def main():
     if args.save_stats:
         kept = {key: fake[key] for key in STATISTICS if key in fake}
         files.write_atomically(args.save_stats, lambda file: np.savez(file, **kept))
-        print(f"statistics of {fake['name']} written to {args.save_stats}", file=sys.stderr)
+        print(f"statistics of {fake['name']} written to {args.save_stats}")
     if real is None:
         return
     if args.paired:

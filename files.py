@@ -5,8 +5,10 @@ what to do.
 """
 import hashlib
 import json
+import math
 import os
 import re
+import shutil
 import struct
 import sys
 import warnings
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 
 class UserError(Exception):
@@ -28,10 +31,11 @@ def short_error(error):
 
 # -- Writing -----------------------------------------------------------------------------------------------
 
-def write_atomically(path, write):
-    """Call write(file) on a temporary file beside `path`, sync it to the disk and rename it to `path`.
+def write_atomically(path, write, sync=True):
+    """Call write(file) on a temporary file beside `path` and rename it to `path`.
 
-    Raises UserError if that fails; a file that was there before is then intact.
+    sync: first wait for the disk, so that even a power cut leaves the old file or the new one. Raises
+    UserError if that fails; a file that was there before is then intact.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -39,10 +43,13 @@ def write_atomically(path, write):
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as e:
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        if isinstance(e, RuntimeError) and shutil.disk_usage(path.parent).free < 2**20:
+            reason = "no space left on the disk"  # of which torch.save's error does not speak
         raise UserError(f"{path}: not written ({reason}): make room, or give another place; a previous file "
                         f"of that name is intact") from e
     finally:
@@ -60,6 +67,14 @@ def save_checkpoint(path, checkpoint):
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
+def save_image(path, image):
+    """Write a Pillow image, or uint8 [H, W, 3], as PNG: whole or not at all, its folder too if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    write_atomically(path, lambda file: image.save(file, "PNG"), sync=False)
+
+
 # -- Reading -----------------------------------------------------------------------------------------------
 
 def load_checkpoint(path):
@@ -74,10 +89,9 @@ def load_checkpoint(path):
     except Exception as e:  # a damaged file fails in any of torch's, zipfile's and pickle's ways
         raise UserError(f"{path}: not a readable checkpoint ({short_error(e)}): truncated, or another kind "
                         f"of file? copy or download it again") from e
-    kinds = {type(k) for k in checkpoint} if isinstance(checkpoint, dict) else {type(checkpoint)}
-    if kinds - {str}:
-        found = min(k.__name__ for k in kinds - {str})
-        raise UserError(f"{path}: holds {found}, not a dict of weights by name")
+    if not isinstance(checkpoint, dict) or not all(isinstance(key, str) for key in checkpoint):
+        found = checkpoint if not isinstance(checkpoint, dict) else min(checkpoint, key=str)
+        raise UserError(f"{path}: holds {type(found).__name__}, not a dict of weights by name")
     return checkpoint
 
 
@@ -124,6 +138,24 @@ def read_json(path):
     return value if isinstance(value, dict) else {}
 
 
+RECORD = "record.json"  # in a folder that a program of ours wrote: what decided its files, and their names
+OVERVIEW = "overview"  # a folder therein, of pictures that show some of the others and that no score counts
+
+
+def write_record(folder, settings, names):
+    """Write the record of an output folder."""
+    write_json(folder / RECORD, {"program": "SVG", "settings": settings, "files": names})
+
+
+def read_record(folder):
+    """Return the settings (a dict) and files (a list) of an output folder; empty if it is none of ours."""
+    record = read_json(Path(folder, RECORD))
+    files = record.get("files")
+    if record.get("program") == "SVG" and isinstance(files, list) and all(isinstance(f, str) for f in files):
+        return {"settings": record.get("settings"), "files": files}
+    return {"settings": {}, "files": []}
+
+
 # -- Weights -> module -------------------------------------------------------------------------------------
 
 def fingerprint(state_dict):
@@ -139,22 +171,57 @@ def fingerprint(state_dict):
     return digest.hexdigest()
 
 
-def check_keys(checkpoint, keys, path):
-    """Raise UserError if a checkpoint lacks one of `keys`."""
-    missing = [k for k in keys if k not in checkpoint]
+def check_fingerprint(weights, recorded, path):
+    """Raise UserError if weights are not those whose fingerprint was recorded with them."""
+    if fingerprint(weights) != recorded:
+        raise UserError(f"{path}: its weights are not those that were saved (another fingerprint): the file "
+                        f"is damaged or was changed; copy or download it again")
+
+
+def check_fields(checkpoint, fields, path):
+    """Raise UserError if a checkpoint lacks one of `fields` {name: type}, or holds something else there."""
+    missing = [name for name in fields if name not in checkpoint]
     if missing:
         raise UserError(f"{path}: a damaged checkpoint: no {', '.join(missing)} in it")
+    for name, kind in fields.items():
+        if not isinstance(checkpoint[name], kind):
+            raise UserError(f"{path}: a damaged checkpoint: its {name} is of type "
+                            f"{type(checkpoint[name]).__name__}, not {kind.__name__}")
+
+
+def build(model, config, path):
+    """Return model(**config); raises UserError for a recorded config that describes no such model."""
+    try:
+        return model(**config)
+    except Exception as e:  # a damaged config fails in any way
+        raise UserError(f"{path}: a damaged checkpoint: its config describes no {model.__name__} "
+                        f"({short_error(e)})") from e
+
+
+def check_tensors(weights, path):
+    """Raise UserError if one of the values of a state dict is no tensor."""
+    for key, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: not a state dict: its {key} is of type {type(value).__name__}")
+
+
+def check_table(found, expected, path):
+    """Raise UserError if a recorded position table is not the fixed one."""
+    if found.shape != expected.shape or not torch.allclose(found.float(), expected, atol=1e-3):
+        raise UserError(f"{path}: its pos_embed is not the fixed sine-cosine table")
 
 
 def strict_load(module, weights, path, what):
-    """Load every tensor, or raise UserError that names what is missing, unexpected or of the wrong shape."""
+    """Load every tensor, or raise UserError that names what is missing, unexpected, misshapen, not finite."""
     own = module.state_dict()
+    check_tensors(weights, path)
     both = [k for k in own if k in weights]
     found = {
         "missing": [k for k in own if k not in weights],
         "unexpected": [k for k in weights if k not in own],
         "wrong shape": [f"{k} {list(weights[k].shape)} instead of {list(own[k].shape)}" for k in both
-                        if weights[k].shape != own[k].shape]}
+                        if weights[k].shape != own[k].shape],
+        "not finite": [k for k in both if not weights[k].isfinite().all()]}
     problems = []
     for problem, keys in found.items():
         if keys:
@@ -251,49 +318,57 @@ def detect_architecture(weights, known, path):
     raise UserError(f"{path}: a ViT with {found} is none of {', '.join(known)}")
 
 
-def authors_autoencoder_weights(weights, path):
+def authors_autoencoder_weights(weights, path, decode_only=False):
     """Convert the SVG authors' autoencoder: encoder.*, extra_vit.* (torchvision's), mask_token, decoder.*.
 
-    Returns the encoder's weights and those of svg.Autoencoder; losses are dropped.
+    Returns the encoder's weights and those of svg.Autoencoder; losses are dropped. decode_only: those of the
+    decoder, which is all that a file needs to hold.
     """
     parts = {}
     for key, value in weights.items():
         part, _, rest = key.partition(".")
         parts.setdefault(part, {})[rest] = value
-    for part in ("encoder", "extra_vit", "decoder"):
-        if part not in parts:
-            raise UserError(f"{path}: not the authors' autoencoder: no {part}.* among its {len(weights)} "
-                            f"tensors")
+    needed = ("decoder",) if decode_only else ("encoder", "extra_vit", "decoder")
+    missing = [f"{part}.*" for part in needed if part not in parts]
+    if missing:
+        hint = "; a decoder alone can only decode" if "decoder" in parts else ""
+        raise UserError(f"{path}: not the authors' autoencoder: no {', '.join(missing)} among its "
+                        f"{len(weights)} tensors{hint}")
+    check_tensors(weights, path)
+    if decode_only:
+        return {}, parts["decoder"]
     head = {k: v for k, v in parts["extra_vit"].items() if k.startswith("heads.")}
     body = {k: v for k, v in parts["extra_vit"].items() if k not in head}
-    mask_token = parts["mask_token"][""].flatten() if "mask_token" in parts else torch.zeros(8)
-    return parts["encoder"], {
+    own = {
         **{f"residual.{k}": v for k, v in to_official_names(body).items()},
         **{f"residual_head.{k.removeprefix('heads.')}": v for k, v in head.items()},
-        **{f"decoder.{k}": v for k, v in parts["decoder"].items()},
-        "mask_token": mask_token}
+        **{f"decoder.{k}": v for k, v in parts["decoder"].items()}}
+    if "mask_token" in parts:  # strict_load names it if it is missing
+        own["mask_token"] = weights["mask_token"].flatten()
+    return parts["encoder"], own
 
 
 def authors_sit_weights(weights, path):
     """Convert the SVG authors' transformer, of whose doubled head half counts.
 
-    Returns svg.SiT's arguments and its weights.
+    Returns svg.SiT's arguments, its weights and the position table [1, N, dim], or None.
     """
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors')")
-    weights = {k.replace("ln1.", "x_embedder.", 1).replace("embedding_table.", ""): v
-               for k, v in weights.items() if k != "pos_embed"}  # a constant
     try:
+        weights = {k.replace("ln1.", "x_embedder.", 1).replace("embedding_table.", ""): v
+                   for k, v in weights.items()}
+        positions = weights.pop("pos_embed", None)
         dim, channels = weights["x_embedder.weight"].shape
         size = {"depth": 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks.")),
                 "dim": dim, "heads": dim // weights["blocks.0.attn.q_norm.weight"].shape[0]}
         num_classes = weights["y_embedder.weight"].shape[0] - 1
+        grid = 16 if positions is None else math.isqrt(positions.shape[1])
         for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
             if weights[key].shape[0] == 2 * channels:
                 weights[key] = weights[key][:channels]
-    except (KeyError, AttributeError, ValueError):
+    except (KeyError, AttributeError, ValueError, IndexError):
         raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors')") from None
-    return {"model": size, "channels": channels, "num_classes": num_classes}, weights
+    config = {"model": size, "channels": channels, "num_classes": num_classes, "grid": grid}
+    return config, weights, positions
 
 
 def load_latent_stats(path):
@@ -304,19 +379,33 @@ def load_latent_stats(path):
         stats = load_checkpoint(path)
     for mean, std in (("mean", "std"), ("dinov3_sp_mean", "dinov3_sp_std")):
         if mean in stats and std in stats:
+            check_fields(stats, {mean: torch.Tensor, std: torch.Tensor}, path)
             return stats[mean].flatten().float(), stats[std].flatten().float()
     raise UserError(f"{path}: no 'mean' and 'std' (or the authors' 'dinov3_sp_mean', 'dinov3_sp_std') in it")
 
 
 # -- Pretrained files --------------------------------------------------------------------------------------
 
-DOWNLOADS = {  # openly published: file name -> folder of its URL, head of its SHA-256
-    "dinov2_vits14_pretrain.pth": ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14", "b938bf1bc15cd2ec"),
-    "vgg16-397923af.pth": ("https://download.pytorch.org/models", "397923af"),
+META = "https://dl.fbaipublicfiles.com"
+FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256"
+DINOV2 = {  # release: head of its file's SHA-256, where that is known
+    "vits14": "b938bf1bc15cd2ec", "vitb14": "0b8b82f85de91b42", "vitl14": "d5383ea8f4877b24",
+    "vits14_reg4": None, "vitb14_reg4": None, "vitl14_reg4": None}
+OPEN_ENCODERS = {  # openly published: file name -> URL, head of its SHA-256
+    **{f"dinov2_{release}_pretrain.pth": (
+        f"{META}/dinov2/dinov2_{release.removesuffix('_reg4')}/dinov2_{release}_pretrain.pth", digest)
+       for release, digest in DINOV2.items()},
+    "mae_pretrain_vit_base.pth": (f"{META}/mae/pretrain/mae_pretrain_vit_base.pth", None),
+    "siglip2-base-patch16-256.safetensors": (
+        "https://huggingface.co/google/siglip2-base-patch16-256/resolve/main/model.safetensors", None),
+}
+DOWNLOADS = {
+    **OPEN_ENCODERS,
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
     "pt_inception-2015-12-05-6726825d.pth": (
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights", "6726825d"),
-    "VIRTUAL_imagenet256_labeled.npz": (  # ADM's reference statistics; no hash is published
-        "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/256", None),
+        f"{FID}/pt_inception-2015-12-05-6726825d.pth", "6726825d"),
+    "VIRTUAL_imagenet256_labeled.npz": (f"{ADM}/VIRTUAL_imagenet256_labeled.npz", None),
 }
 
 
@@ -347,10 +436,8 @@ def missing_weights(path):
         return (f"{path} is missing: Meta releases DINOv3 after a licence form (https://ai.meta.com/"
                 f"resources/models-and-libraries/dinov3-downloads/); put the file there under that name, or "
                 f"use the open DINOv2: --encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
-    if name == "mae_pretrain_vit_base.pth":
-        return f"{path} is missing; download it from https://dl.fbaipublicfiles.com/mae/pretrain/{name}"
     if name in DOWNLOADS:
-        return f"{path} is missing; download it from {DOWNLOADS[name][0]}/{name}"
+        return f"{path} is missing; download it from {DOWNLOADS[name][0]}"
     return f"{path}: no such file"
 
 
@@ -370,7 +457,7 @@ def download_weights(name, weights_dir=None):
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(f"{url}/{path.name}", str(path), digest, sys.stderr.isatty())
+        torch.hub.download_url_to_file(url, str(path), digest, sys.stderr.isatty())
     except Exception as e:  # no network, a proxy's page, a full disk, a wrong hash: one remedy for all
         raise UserError(f"{missing_weights(path)} (tried just now: {short_error(e)}) and put it there, or "
                         f"name its folder by --weights or $SVG_WEIGHTS") from e

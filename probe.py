@@ -63,6 +63,7 @@ def load_features(args, device, needed="encoder"):
         spaces = SPACES if model.channels > encoder_channels else ("encoder", "pixels")
     if needed not in spaces:
         raise UserError(f"--features {needed}: {path} has {', '.join(spaces)} only")
+    runs.say(f"features of {path}: {runs.millions(model=model)}")
     if args.size % ratio:
         raise UserError(f"--size {args.size}: give a multiple of {ratio}")
 
@@ -89,7 +90,9 @@ def encode(function, dataset, blocks, args, device):
     """
     parts_of_blocks = [block.split(args.encode_batch) for block in blocks]
     items = [[(i, 0) for i in part.tolist()] for part in itertools.chain(*parts_of_blocks)]
-    batches = iter(data.batches_of(dataset, items, args.workers))
+    count = sum(len(part) for part in items)
+    batches = iter(runs.progress(data.batches_of(dataset, items, args.workers), "encoding", count,
+                                 data.batch_size))
     for parts in parts_of_blocks:
         encoded = []
         labels = []
@@ -119,7 +122,9 @@ def open_sets(args):
         return [data.open_data(args.data, args.size)]
     if args.probe == "classify":
         return [data.open_data(os.path.join(args.data, split), args.size) for split in ("train", "val")]
-    return list_pairs(args.probe, args.data)
+    sets = list_pairs(args.probe, args.data)
+    runs.say(f"{args.data}: {len(sets[0]):,} pairs to train, {len(sets[1]):,} to test")
+    return sets
 
 
 def demo_sets(probe, size):
@@ -153,7 +158,7 @@ def report(args, numbers, picture=None):
     files.write_json(f"{out}.json", {**numbers, "settings": vars(args)})
     written = f"{out}.json"
     if picture:
-        files.write_atomically(f"{out}.png", lambda file: picture.save(file, "PNG"))
+        files.save_image(f"{out}.png", picture)
         written += f" and {out}.png"
     print(written)
 
@@ -202,6 +207,7 @@ def classify(args, device):
     train, val = open_sets(args)
     if train.classes != val.classes:
         raise UserError(f"--data {args.data}: train/ and val/ hold different class folders")
+    runs.say(f"{runs.describe(train, 'train')}; {len(val):,} to test")
     if args.batch < 2:
         raise UserError(f"--batch {args.batch}: the head's normalisation takes at least 2 images")
     start = time.time()
@@ -366,6 +372,7 @@ def train_head(head, predict, pairs, args, device):
     crops = torch.utils.data.DataLoader(range(steps * args.batch), args.batch, num_workers=args.workers,
                                         collate_fn=functools.partial(random_crops, pairs, args))
     start = time.time()
+    shown = 0.0
     for step, (images, target) in enumerate(crops):
         if not target.any():  # nothing known: the mean over no pixel is NaN
             continue
@@ -374,7 +381,8 @@ def train_head(head, predict, pairs, args, device):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if (step + 1) % args.log_every == 0:
+        if (step + 1) % args.log_every == 0 or runs.due(start, shown):
+            shown = time.time()
             print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
 
 
@@ -413,7 +421,7 @@ def measure(predict, pairs, args, device):
     confusion = np.zeros((args.outputs, args.outputs), np.int64)  # [truth, answer]
     errors = []
     shown = []
-    for pair in pairs:
+    for pair in runs.progress(pairs, "testing", len(pairs), lambda _: 1):
         image, target = read_pair(pair, args.probe)
         size = [max(args.size, round(n * args.size / min(image.size))) for n in image.size]
         image = image.resize(size, Image.Resampling.BILINEAR)
@@ -702,7 +710,8 @@ def parse_args():
 
     def add_probe(name):
         command = commands.add_parser(name, doc=PROBES[name].__doc__, demo=DEMO.get(name))
-        command.add_argument("--out", default="probes", help="folder for the numbers and the picture")
+        command.add_argument("--out", type=runs.new_path, default="probes",
+                             help="folder for the numbers and the picture")
         command.add_argument("--seed", type=runs.not_negative, default=0,
                              help="of weights, order, crops and noise")
         return command, command.add_argument
@@ -783,9 +792,7 @@ def main():
     device = runs.setup()
     if runs.world_size() > 1:
         raise UserError("probe.py runs as one process: start it without torchrun")
-    place = next(p for p in Path(args.out, "file").absolute().parents if os.path.lexists(p))
-    if not (place.is_dir() and os.access(place, os.W_OK)):  # the folder is made when there is what to write
-        raise UserError(f"--out {args.out}: {place} is not a folder that can be written")
+    runs.say_start(device, getattr(args, "precision", "fp32"), args.probe, f"writes {args.out}/")
     PROBES[args.probe](args, device)
 
 

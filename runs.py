@@ -6,14 +6,18 @@ last.pt, numbered checkpoints and preview grids.
 import argparse
 import contextlib
 import errno
+import fcntl
+import functools
 import gc
 import itertools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -100,7 +104,25 @@ def setup(precision="fp32"):
         init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")  # gloo for tensors on the host
     if cuda:
         return torch.device("cuda", local_rank)
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    limit_memory()
+    return torch.device("cpu")
+
+
+def limit_memory():
+    """Let this process allocate no more than the memory that is free now, shared among the processes here.
+
+    Then too large a batch ends in an error and not in the system's killing the process without a word.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no Linux: no limit
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * (int(fields["MemAvailable"].split()[0]) + int(fields["SwapFree"].split()[0]))
+        for container in ("memory.max", "memory/memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # "max": none
+                free = min(free, int(Path("/sys/fs/cgroup", container).read_text()))
+        share = free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        resource.setrlimit(resource.RLIMIT_DATA, (share, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def autocast(device, precision):
@@ -117,6 +139,7 @@ def fetch_weights(name, weights_dir=None):
 
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)")
 
 
 def run_main(main):
@@ -128,18 +151,30 @@ def run_main(main):
             # Free the group's last holders first, or gloo's threads would outlive the interpreter.
             gc.collect()
             dist.destroy_process_group()  # not after an error: it could wait for ranks that wait for this one
-    except UserError as e:
-        # A loading process wraps an error into its traceback, of which the message is the end.
-        print(f"error: {str(e).strip().split('UserError: ')[-1]}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        if e.errno not in CANNOT_WRITE:
-            raise
-        print(f"error: {e.filename or 'a file'}: {e.strerror}; make room, or give another place",
-              file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as e:
+        message = error_line(e)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        while held_locks:
+            held_locks.popitem()[1].close()
+
+
+def error_line(error):
+    """Return what to tell the user of an exception in one line, or None for a mistake of this program."""
+    if isinstance(error, UserError):
+        # A loading process wraps an error into its traceback, of which the message is the end.
+        return str(error).strip().split("UserError: ")[-1]
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return (f"out of memory ({files.short_error(error)}): give a smaller --batch; training also takes "
+                f"--accumulate N, which computes the batch in N parts, and --recompute")
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return f"{error.filename or 'a file'}: {error.strerror}; make room, or give another place"
+    return None
 
 
 # -- Flags -------------------------------------------------------------------------------------------------
@@ -188,15 +223,49 @@ def number(low=0.0, high=math.inf, above=-math.inf):
 
 
 def positive(text):
-    """Parse a whole number of at least 1 (an argparse type)."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    """Parse a whole number of at least 1, and of 63 bits, as PyTorch's (an argparse type)."""
+    if not text.isdecimal() or not 1 <= int(text[:99]) < 2**63:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to 2^63")
     return int(text)
 
 
 def not_negative(text):
     """Parse a whole number of at least 0 (an argparse type)."""
     return 0 if text == "0" else positive(text)
+
+
+def new_path(text):
+    """Check that a file or folder can be made at a path, its parents too if need be (an argparse type)."""
+    path = Path(text)
+    if not path.name or max(len(os.fsencode(part)) for part in path.parts) > 200:
+        raise argparse.ArgumentTypeError(f"'{text}' is no name for a file or folder to make")
+    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"'{text}': {place} is not a folder that can be written")
+    return text
+
+
+def new_file(text):
+    """Check that a file can be written at a path, whose folder must be there (an argparse type)."""
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}': no such folder")
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder")
+    return new_path(text)
+
+
+def run_name(text):
+    """Check the name of a folder below runs/ (an argparse type)."""
+    if text != Path(text).name or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a plain name: the run is runs/NAME")
+    return new_path(text)
+
+
+def add_output_flags(parser, out):
+    """Add --out and --overwrite, which claim_folder reads."""
+    parser.set_defaults(default_out=out)
+    parser.add_argument("--out", type=new_path, default=out, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what another run left in --out")
 
 
 def add_training_flags(parser, name, batch, lr, steps):
@@ -206,7 +275,7 @@ def add_training_flags(parser, name, batch, lr, steps):
     add("--data", default="data/imagenet/train",
         help="folder of class folders of images, a packed set, or shapes://train, which is built in")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-    add("--name", default=name, help="folder of the run below runs/")
+    add("--name", type=run_name, default=name, help="folder of the run below runs/")
     add("--batch", type=positive, default=batch, help="images per step, over all processes")
     add("--lr", type=number(above=0), default=lr, help="learning rate, constant")
     add("--steps", type=positive, default=steps, help="training steps in all")
@@ -371,13 +440,8 @@ def bench(args, device, make, batch, **about):
     flops = local_batch * count_flops(make(1))
     seconds = median_seconds(make(local_batch), args.bench, device)
     tflops = flops / seconds / 1e12
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        name = f"{device.type}, {torch.get_num_threads()} threads"
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    name = device_name(device)
+    memory = peak_gib(device)
     peak_share = None
     for board, peaks in PEAK_TFLOPS.items():
         if board in name and args.precision in peaks:
@@ -385,12 +449,27 @@ def bench(args, device, make, batch, **about):
     if rank() == 0:
         print(f"{' '.join(map(str, about.values()))}: {1000 * seconds:.1f} ms a step of {batch} images "
               f"(median of {args.bench}), {batch / seconds:.3g} images/s, {tflops:.2f} TFLOP/s a process, "
-              f"all its models included, {memory / 2**30:.2f} GiB")
+              f"all its models included, {memory:.2f} GiB")
         print(json.dumps({
             **about, "batch": batch, "precision": args.precision, "compile": args.compile,
             "processes": world_size(), "device": name, "torch": torch.__version__, "steps": args.bench,
             "step_seconds": round(seconds, 5), "images_per_second": round(batch / seconds, 2),
-            "tflops": round(tflops, 3), "peak_share": peak_share, "peak_gib": round(memory / 2**30, 2)}))
+            "tflops": round(tflops, 3), "peak_share": peak_share, "peak_gib": round(memory, 2)}))
+
+
+def device_name(device):
+    """Return the name of a GPU, or the number of threads of another device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def peak_gib(device):
+    """Return the most memory in GiB that this process has used: of a GPU, or of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
 def duration(seconds):
@@ -398,32 +477,130 @@ def duration(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
-# -- Output folders ----------------------------------------------------------------------------------------
+# -- What a program shows ----------------------------------------------------------------------------------
 
-def sibling(folder, suffix):
-    """Return the path beside a folder: samples -> samples.json, whatever dots are in the name."""
-    return folder.with_name(folder.name + suffix)
-
-
-def claim_folder(out, settings, overwrite):
-    """Make the output folder this command's, with its settings in a record beside it.
-
-    Raises UserError for a folder that holds anything else, so that no FID mixes two commands' pictures.
-    """
-    if not out.name or (out.exists() and not out.is_dir()):
-        raise UserError(f"--out {out}: give the name of a folder to make")
-    record = sibling(out, ".json")
-    before = files.read_json(record)
-    if rank() == 0 and out.exists() and any(out.iterdir()) and before != settings:
-        if not before:
-            raise UserError(f"{out} holds files that are not of this program: give another --out")
-        if not overwrite:
-            raise UserError(f"{out} already holds a different run: give another --out, or --overwrite")
-        shutil.rmtree(out)
-    barrier()
+def say(text):
+    """Print a line, on rank 0."""
     if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_json(record, settings)
+        print(text, flush=True)
+
+
+def say_start(device, precision, *parts):
+    """Print the line that opens a program: device, precision, then what it works on and where it writes."""
+    processes = f"{world_size()} x " if world_size() > 1 else ""
+    say(" | ".join([f"{processes}{device_name(device)}, {precision}", *parts]))
+
+
+def describe(dataset, name):
+    """Return "photos: 1,000 images, 20 classes"."""
+    return f"{name}: {len(dataset):,} images, {len(dataset.classes):,} classes"
+
+
+def millions(**models):
+    """Return "encoder 28.7M, decoder 43.1M parameters"; a model of None is left out."""
+    counts = {name: sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+              for name, model in models.items() if model is not None}
+    return ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in counts.items()) + " parameters"
+
+
+def due(start, shown):
+    """Whether to show progress again: every 3 seconds at first, later when a tenth more time has passed."""
+    now = time.time()
+    return rank() == 0 and now - shown > max(3, (now - start) / 10)
+
+
+def progress(batches, what, total, count=len):
+    """Pass batches on, and show the images done and the time left.
+
+    total: images over all processes, whose shares are equal; count(batch): images of a batch.
+    """
+    start = time.time()
+    shown = start
+    done = 0
+    for batch in batches:
+        yield batch
+        done = min(total, done + count(batch) * world_size())
+        if due(start, shown):
+            shown = time.time()
+            rate = done / (shown - start)
+            print(f"{what}: {done:,}/{total:,} images  {rate:.1f} images/s  "
+                  f"{duration((total - done) / rate)} left", flush=True)
+
+
+# -- Folders that a program writes -------------------------------------------------------------------------
+
+held_locks = {}  # folder: its open lock file
+
+
+def lock_folder(folder):
+    """Make a folder and lock it until this program ends, in whatever way; UserError says who has the lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    key = folder.resolve()
+    if key in held_locks:
+        return
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 (it stays open)
+    with contextlib.suppress(OSError):  # of a file system that has no locks
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a child process does not inherit it
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise UserError(f"{folder} is being written by {holder}: wait for it, stop it, or give another "
+                            f"name") from None
+    held_locks[key] = file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def is_locked(folder):
+    """Whether another process is writing a folder."""
+    lock = Path(folder, ".lock")
+    if not os.access(lock, os.W_OK):
+        return False
+    with open(lock, "r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            return isinstance(e, (BlockingIOError, PermissionError))  # else: no locks there
+    return False
+
+
+def claim_folder(args, settings, names, inputs=()):
+    """Make the folder --out this program's: remove what an earlier run wrote there, and write a new record.
+
+    settings: what decides the pictures. names: the files to write, as paths below the folder. inputs: what
+    the program reads. The record lists the files; nothing else is ever removed. Raises UserError for a folder
+    that holds an input or anything that is not of this program, so that no FID mixes two sources; for another
+    run's pictures without --overwrite, unless --out is the default and they are a thousand at most.
+    """
+    out = Path(args.out)
+    if rank() == 0:
+        for path in inputs:
+            if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise UserError(f"--out {out} holds the input {path}: give another --out")
+        if out.exists() and not out.is_dir():
+            raise UserError(f"--out {out} is a file: give the name of a folder to make")
+        before = files.read_record(out)
+        found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+        foreign = {name for name in found - set(before["files"]) - {files.RECORD}
+                   if not any(part.startswith(".") for part in Path(name).parts)}
+        if foreign:
+            raise UserError(f"--out {out} holds {min(foreign)}, which is not of this program: give another "
+                            f"--out, or move it away")
+        replace = args.overwrite or (args.out == args.default_out and len(before["files"]) <= 1001)
+        if before["files"] and before["settings"] != settings and not replace:
+            raise UserError(f"--out {out} already holds a different run of {len(before['files'])} files: "
+                            f"give another --out, or --overwrite")
+        lock_folder(out)
+        if before["settings"] != settings:
+            for name in found & set(before["files"]):
+                (out / name).unlink()
+            for folder in sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True):
+                with contextlib.suppress(OSError):  # not empty
+                    folder.rmdir()
+        files.write_record(out, settings, names)
     barrier()
 
 
@@ -435,17 +612,20 @@ FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "k
               "name", "weights", "data", "ae", "encoder", "compile", "recompute"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by clusters, people, SLURM
 MAX_SKIPPED = 20  # steps in a row without a finite gradient after which training stops
-# stage: kind of its checkpoints, the key under which they record what they were trained on
-CHECKPOINTS = {"ae": ("autoencoder", "encoder_file"), "dit": ("sit", "autoencoder")}
+CHECKPOINTS = {  # stage: kind of its checkpoints, the key of what they were trained on, what else they hold
+    "ae": ("autoencoder", "encoder_file", {"disc": dict, "opt_disc": dict, "fingerprint": str}),
+    "dit": ("sit", "autoencoder", {"ema": dict, "latent_mean": torch.Tensor, "latent_std": torch.Tensor})}
 
 
 def read_log(path):
-    """Read the entries of a log.jsonl, without a last line that a full disk or a kill has cut."""
+    """Read the entries of a log.jsonl, without lines that a full disk has cut, or that are none of ours."""
     entries = []
     with contextlib.suppress(FileNotFoundError):
         for line in Path(path).read_text().splitlines():
             with contextlib.suppress(ValueError):
-                entries.append(json.loads(line))
+                entry = json.loads(line)
+                if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                    entries.append(entry)
     return entries
 
 
@@ -478,7 +658,7 @@ class Run:
         self.check_folder(config)
         barrier()
         if rank() == 0:
-            self.path.mkdir(parents=True, exist_ok=True)
+            lock_folder(self.path)
             for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it saved
                 leftover.unlink()
             files.write_json(self.path / "config.json", config)
@@ -487,7 +667,7 @@ class Run:
         """Raise UserError if the folder holds another run or something else."""
         config_file = self.path / "config.json"
         ours = config_file.exists() or self.last.exists()
-        if not ours and self.path.exists() and any(self.path.iterdir()):
+        if not ours and self.path.exists() and set(os.listdir(self.path)) - {".lock"}:
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
         if not (config_file.exists() and self.last.exists()):
             return
@@ -502,10 +682,7 @@ class Run:
                             f"flags to resume it, or another --name")
 
     def resume(self):
-        """Return the last checkpoint, or None, and drop log entries after it: the log has each step once.
-
-        From here on STOP_SIGNALS end the run after a step and a save.
-        """
+        """Return the last checkpoint, or None, and drop log entries after it: the log has each step once."""
         checkpoint = None
         step = 0
         if self.last.exists():
@@ -521,22 +698,38 @@ class Run:
             files.write_atomically(log, lambda file: file.write("".join(kept).encode()))
         barrier()
         if checkpoint:
-            self.say(f"resuming {self.path} at step {step}")
+            say(f"resuming {self.path} at step {step}")
+        return checkpoint
+
+    def begin(self):
+        """Begin the training: from here on STOP_SIGNALS end the run after a step and a save.
+
+        Returns whether it is to stop already.
+        """
         for signal_number in STOP_SIGNALS:
             signal.signal(signal_number, self.on_signal)
         self.start = time.time()
+        self.shown = 0.0
         self.skipped_in_a_row = torch.tensor(0)
         self.reset_sums()
-        return checkpoint
+        return self.stopped()
+
+    def until_signal(self, batches):
+        """Pass batches on, one at least, until this process gets one of STOP_SIGNALS."""
+        for batch in batches:
+            yield batch
+            if self.signal:
+                return
 
     def check_checkpoint(self, checkpoint):
         """Raise UserError if last.pt is damaged or of another stage or parent."""
-        files.check_keys(checkpoint, ("kind", "step", "model", "opt"), self.last)
-        kind, parent = CHECKPOINTS[self.stage]
-        trained_on = checkpoint.get(parent, {}).get("fingerprint")
-        if checkpoint["kind"] != kind or trained_on != self.facts["trained_on"]:
-            raise UserError(f"{self.last} is not of this stage, or was trained on another "
-                            f"{parent.split('_')[0]}")
+        kind, parent, more = CHECKPOINTS[self.stage]
+        if checkpoint.get("kind") != kind:
+            raise UserError(f"{self.last} is not of this stage")
+        files.check_fields(checkpoint, {"step": int, "model": dict, "opt": dict, parent: dict, **more},
+                           self.last)
+        if checkpoint[parent].get("fingerprint") != self.facts["trained_on"]:
+            raise UserError(f"{self.last} was trained on another {parent.split('_')[0]}")
 
     def on_signal(self, signal_number, _):
         self.signal = signal_number
@@ -544,11 +737,6 @@ class Run:
     def stopped(self):
         """Whether any process received one of STOP_SIGNALS; every process gets the same answer."""
         return bool(all_reduce(torch.tensor(self.signal)))
-
-    def say(self, text):
-        """Print a line, on rank 0."""
-        if rank() == 0:
-            print(text, flush=True)
 
     def report_corrupt(self, dataset, indices):
         """Warn once of every corrupt file, on the rank that met it."""
@@ -568,24 +756,44 @@ class Run:
         values: {name: scalar tensor on the device}, which is not waited for. Raises UserError when
         MAX_SKIPPED steps in a row had no finite gradient.
         """
+        names = [*values, "grad_norm"]
         new = torch.stack([*values.values(), grad_norm]).detach()
         new = torch.where(skipped, 0, new)
         self.sums = self.sums + torch.cat([new, skipped[None].float()])
         self.count += 1
         self.skipped_in_a_row = torch.where(skipped, self.skipped_in_a_row.to(skipped.device) + 1, 0)
-        if step % self.args.log_every and step != self.args.steps:
-            return
-        self.log(step, [*values, "grad_norm"])
-        if self.skipped_in_a_row >= MAX_SKIPPED:
-            good = "no checkpoint was saved yet"
-            if self.last.exists():
-                good = f"the last good checkpoint is {self.last}"
-            raise UserError(f"no finite gradient for {int(self.skipped_in_a_row)} steps, up to step {step}: "
-                            f"stopped; {good}; to resume with other flags (--clip 1, a lower --lr, "
-                            f"--precision fp32) copy it into a new run: runs/NAME/last.pt, --name NAME")
-        self.reset_sums()
+        if skipped.device.type == "cpu" or step % MAX_SKIPPED == 0:  # the host waits for a GPU to read it
+            self.check_skipped(step)
+        if step % self.args.log_every == 0 or step == self.args.steps:
+            self.log(step, names, new.device)
+            self.reset_sums()
+        elif due(self.start, self.shown):  # the first step too
+            self.show(step, dict(zip(names, new.tolist(), strict=True)), new.device)
 
-    def log(self, step, names):
+    def check_skipped(self, step):
+        """Raise UserError after MAX_SKIPPED steps in a row without a finite gradient."""
+        if self.skipped_in_a_row < MAX_SKIPPED:
+            return
+        good = "no checkpoint was saved yet"
+        if self.last.exists():
+            good = f"the last good checkpoint is {self.last}"
+        raise UserError(f"no finite gradient for {int(self.skipped_in_a_row)} steps, up to step {step}: "
+                        f"stopped; {good}; to resume with other flags (--clip 1, a lower --lr, "
+                        f"--precision fp32) copy it into a new run: runs/NAME/last.pt, --name NAME")
+
+    def show(self, step, values, device, skipped=0):
+        """Print a progress line with the speed since the last interval began; return images per second."""
+        self.shown = time.time()
+        rate = self.count * self.args.batch / (self.shown - self.since)
+        left = duration((self.args.steps - step) * self.args.batch / rate)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if skipped:
+            text += f"  {skipped} skipped"
+        say(f"step {step}/{self.args.steps}  {text}  {rate:.1f} images/s  {left} left  "
+            f"{peak_gib(device):.1f} GiB")
+        return rate
+
+    def log(self, step, names, device):
         """Print a progress line and append to log.jsonl: means over the steps that were not skipped."""
         *means, skipped = (all_reduce(self.sums.cpu()) / world_size()).tolist()
         corrupt = int(all_reduce(torch.tensor(len(self.corrupt))))
@@ -595,12 +803,7 @@ class Run:
         good_steps = self.count - skipped
         entry = {name: mean / good_steps if good_steps else math.nan
                  for name, mean in zip(names, means, strict=True)}
-        rate = self.count * self.args.batch / (time.time() - self.since)
-        left = duration((self.args.steps - step) * self.args.batch / rate)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in entry.items())
-        if skipped:
-            text += f"  {skipped} skipped"
-        print(f"step {step}/{self.args.steps}  {text}  {rate:.1f} images/s  {left} left", flush=True)
+        rate = self.show(step, entry, device, skipped)
         finite = {name: value for name, value in entry.items() if math.isfinite(value)}
         entry = {"step": step, **finite, "skipped": skipped, "images_per_second": round(rate, 2),
                  "seconds": round(time.time() - self.start, 1), "corrupt": corrupt}
@@ -610,7 +813,7 @@ class Run:
     def picture(self, step, image):
         """Write a preview grid."""
         if rank() == 0:
-            image.save(self.path / f"preview-{step:07d}.png")
+            files.save_image(self.path / f"preview-{step:07d}.png", image)
 
     def save(self, checkpoint):
         """Write last.pt, a numbered hard link to it and the loss curve; drop old numbered ones."""
@@ -621,21 +824,22 @@ class Run:
             try:
                 os.link(self.last, numbered)
             except OSError:  # a file system without hard links
-                shutil.copyfile(self.last, numbered)
+                with open(self.last, "rb") as last:
+                    files.write_atomically(numbered, functools.partial(shutil.copyfileobj, last))
             old = [path for path in sorted(self.path.glob("[0-9]*.pt"))
                    if int(path.stem) % self.args.milestone_every]
             for path in old[:-self.args.keep]:
                 path.unlink()
             curve = figures.loss_curve(read_log(self.path / "log.jsonl"), f"{self.path}: loss by step")
             if curve:
-                curve.save(self.path / "loss.png")
+                files.save_image(self.path / "loss.png", curve)
         barrier()
 
     def end(self, step):
         """Say how the run ended, and how to resume it."""
         if step >= self.args.steps:
-            self.say(f"done: {self.last}")
+            say(f"done: {self.last}")
             return
         name = signal.Signals(self.signal).name if self.signal else "a signal to another process"
         then = f"resumes from {self.last}" if self.last.exists() else "starts again"
-        self.say(f"{name}: stopped after step {step}; the same command {then}")
+        say(f"{name}: stopped after step {step}; the same command {then}")

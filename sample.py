@@ -4,9 +4,9 @@
     python sample.py --classes 207 360 --seed 1
     torchrun --nproc_per_node=8 -- sample.py --num 50000 --guidance 1.55 --npz samples.npz           # for FID
 
-Writes samples/000000.png and so on, named by global index; samples.json beside them says what they are and
-samples.png is an overview. The noise and label of image i depend on --seed and i alone, not on the batch or
-the number of processes.
+Writes samples/000000.png and so on, named by global index; record.json there says what they are and
+overview/samples.png shows the first ones. The noise and label of image i depend on --seed and i alone, not on
+the batch or the number of processes; the pictures are then equal up to rounding.
 """
 import os
 import time
@@ -40,9 +40,9 @@ def add_model_flags(add):
 def add_flow_flags(add, steps, shift):
     """Add the flags that flow_settings reads."""
     add("--steps", type=runs.positive, default=steps, help="Euler steps")
-    add("--guidance", type=runs.number(), default=4.0,
+    add("--guidance", type=runs.number(0, 1000), default=4.0,
         help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
-    add("--guidance-interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
+    add("--guidance-interval", type=runs.number(0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
         help="range of t that is guided")
     add("--shift", type=runs.number(above=0), default=shift, help="timestep shift in sampling")
 
@@ -53,7 +53,10 @@ def add_zero_init_flag(add):
 
 
 def flow_settings(args):
-    """Return the flags as arguments of svg.euler_sample."""
+    """Return the flags as arguments of svg.euler_sample; UserError for an empty interval."""
+    start, end = args.guidance_interval
+    if start > end:
+        raise UserError(f"--guidance-interval {start:g} {end:g}: it ends before it starts")
     return {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "zero_init": args.zero_init,
             "guidance_interval": list(args.guidance_interval)}
 
@@ -86,9 +89,11 @@ def find_models(args, device, decode_only=True):
     if trained_on and trained_on["fingerprint"] != ae.fingerprint and not args.any_ae:
         raise UserError(f"{path} was not trained on the autoencoder {ae_path}: name the right one by --ae, "
                         f"or insist by --any-ae")
+    if "alignment" in sit.meta:  # of the authors' autoencoder, which has none, it was measured in training
+        ae.set_alignment(sit.meta["alignment"])
     if args.latent_stats:
         ae.set_latent_stats(*files.load_latent_stats(args.latent_stats))
-    elif "latent_mean" in sit.meta:
+    elif "latent_mean" in sit.meta and "latent_std" in sit.meta:
         ae.set_latent_stats(sit.meta["latent_mean"], sit.meta["latent_std"])
     elif not ae.measured:
         raise UserError(f"neither {path} nor {ae_path} holds the latents' mean and std: name them by "
@@ -116,7 +121,8 @@ def class_numbers(names, sit):
 
 def model_record(sit, ae, args):
     """Return what decides the pictures besides a command's own flags, for the record beside them."""
-    return {"step": sit.meta.get("step"), "transformer": files.fingerprint(sit.state_dict()),
+    return {"step": sit.meta.get("step"),
+            "transformer": sit.meta.get("fingerprint") or files.fingerprint(sit.state_dict()),
             "autoencoder": ae.fingerprint, "precision": args.precision, **flow_settings(args)}
 
 
@@ -127,9 +133,9 @@ def parse_args():
     parser = runs.Parser(__doc__)
     add = parser.add_argument_group("model").add_argument
     add_model_flags(add)
-    add = parser.add_argument_group("samples").add_argument
-    add("--out", default="samples", help="folder to write")
-    add("--overwrite", action="store_true", help="replace what another run left in --out")
+    group = parser.add_argument_group("samples")
+    runs.add_output_flags(group, "samples")
+    add = group.add_argument
     add("--num", type=runs.positive, default=40, help="images in all")
     add("--classes", "--class", nargs="+", help="class numbers or names, taken in turn (default: all)")
     add("--labels", choices=("balanced", "random"), default="balanced",
@@ -140,11 +146,8 @@ def parse_args():
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
     runs.add_speed_flags(parser)
     parser.set_defaults(compile=False)  # a minute's wait pays off only for thousands of images
-    add("--npz", help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM's evaluator")
-    args = parser.parse_args()
-    if args.npz and not os.path.isdir(os.path.dirname(args.npz) or "."):
-        raise UserError(f"--npz {args.npz}: no such folder")
-    return args
+    add("--npz", type=runs.new_file, help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM")
+    return parser.parse_args()
 
 
 def label_of(i, numbers, args):
@@ -158,25 +161,27 @@ def images_of(sit, ae, noise, y, args):
     """Return uint8 images [B, H, W, 3] of noise [B, N, C] and labels y [B]."""
     with torch.no_grad(), runs.autocast(noise.device, args.precision):
         latents = svg.euler_sample(sit, noise, y, **flow_settings(args))
-        return data.to_uint8(ae.decode(ae.denormalize(latents)))
+        return to_pictures(ae, latents, args)
+
+
+def to_pictures(ae, latents, args):
+    """Return uint8 images of normalised latents; UserError if they are not finite, which would be black."""
+    images = ae.decode(ae.denormalize(latents))
+    if not images.isfinite().all():
+        raise UserError(f"the pictures are not finite: --guidance {args.guidance:g} is too much, or "
+                        f"--precision {args.precision} too little")
+    return data.to_uint8(images)
 
 
 def write_images(sit, ae, numbers, out, args, device):
     """Write this rank's share of the images, with progress lines from rank 0."""
-    world_size = runs.world_size()
-    mine = list(range(args.num))[runs.rank()::world_size]
-    start = time.time()
-    for j in range(0, len(mine), args.batch):
-        indices = mine[j:j + args.batch]
+    mine = list(range(args.num))[runs.rank()::runs.world_size()]
+    parts = [mine[j:j + args.batch] for j in range(0, len(mine), args.batch)]
+    for indices in runs.progress(parts, "sampling", args.num):
         noise = svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels)).to(device)
         y = torch.tensor([label_of(i, numbers, args) for i in indices], device=device)
         for i, image in zip(indices, images_of(sit, ae, noise, y, args), strict=True):
-            Image.fromarray(image).save(out / f"{i:06d}.png")
-        if runs.rank() == 0 and len(mine) > args.batch:
-            done = j + len(indices)
-            rate = done / (time.time() - start)
-            print(f"{done * world_size}/{args.num}  {rate * world_size:.1f} images/s  "
-                  f"{runs.duration((len(mine) - done) / rate)} left", flush=True)
+            files.save_image(out / f"{i:06d}.png", image)
 
 
 def write_npz(path, images):
@@ -224,11 +229,13 @@ def main():
     numbers = class_numbers(args.classes, sit)
     out = Path(args.out)
     asked = {"num": args.num, "classes": args.classes, "labels": args.labels, "seed": args.seed}
-    runs.claim_folder(out, {**model_record(sit, ae, args), **asked}, args.overwrite)
+    names = [f"{i:06d}.png" for i in range(args.num)]
+    overview = f"{files.OVERVIEW}/samples.png"
+    runs.claim_folder(args, {**model_record(sit, ae, args), **asked}, [*names, overview])
     name = "the shipped demo.pt" if Path(path) == shapes.DEMO_PT else path
-    if runs.rank() == 0:
-        print(f"{args.num} images by {name}: {args.steps} Euler steps, guidance {args.guidance:g}, "
-              f"shift {args.shift:g}", flush=True)
+    runs.say_start(device, args.precision, str(name), runs.millions(SiT=sit, decoder=ae.decoder),
+                   f"writes {args.num} images to {out}/")
+    runs.say(f"{args.steps} Euler steps, guidance {args.guidance:g}, shift {args.shift:g}")
     if args.compile:
         compile_models(sit, ae)
 
@@ -239,16 +246,14 @@ def main():
         return
 
     # Overview.
-    written = [out / f"{i:06d}.png" for i in range(args.num)]
-    shown = np.stack([np.asarray(Image.open(file)) for file in written[:80]])
+    shown = np.stack([np.asarray(Image.open(out / name)) for name in names[:80]])
     labels = [label_of(i, numbers, args) for i in range(len(shown))]
     classes = sit.meta.get("classes", range(sit.num_classes))
     title = f"{name}: {args.steps} Euler steps, guidance {args.guidance:g}, seed {args.seed}"
-    overview = runs.sibling(out, ".png")
-    figures.grid_image(shown, 10, [classes[i] for i in labels], title).save(overview)
-    results = f"{out}/ and {overview}"
+    files.save_image(out / overview, figures.grid_image(shown, 10, [classes[i] for i in labels], title))
+    results = f"{out}/ and {out}/{overview}"
     if args.npz:
-        write_npz(args.npz, [np.asarray(Image.open(file)) for file in written])
+        write_npz(args.npz, [np.asarray(Image.open(out / name)) for name in names])
         results += f" and {args.npz}"
     print(f"{results} in {time.time() - start:.1f} s")
 

@@ -290,19 +290,20 @@ def encoder_from_weights(weights, path, name=None):
     if isinstance(weights.get("encoder"), dict):
         weights = weights["encoder"]
     if "vit" in weights:  # ours, with its architecture
-        files.check_keys(weights, ("name", "vit", "model"), path)
+        files.check_fields(weights, {"name": str, "vit": dict, "model": dict}, path)
         name = weights["name"]
         config = weights["vit"]
         weights = weights["model"]
     else:
         if isinstance(weights.get("model"), dict):  # MAE
             weights = weights["model"]
+        files.check_tensors(weights, path)
         weights = files.to_official_names(weights)
         name = name or files.detect_architecture(weights, ENCODERS, path)
         if name not in ENCODERS:
             raise UserError(f"{name}: no such encoder; known: {', '.join(ENCODERS)}")
         config = ENCODERS[name]
-    vit = ViT(**config)
+    vit = files.build(ViT, config, path)
     files.strict_load(vit, weights, path, name)
     return Encoder(vit, name, path)
 
@@ -472,6 +473,7 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
         self.fingerprint = None  # of the checkpoint it came from
+        self.step = None  # of training, when that was saved
         self._aligned = residual_channels == 0 or align == "none"
         self.to(memory_format=torch.channels_last)
 
@@ -484,6 +486,8 @@ class Autoencoder(nn.Module):
         running in eval, so that encode(batch)[i] == encode(batch[i:i+1]); none if it was trained so.
         masked: bool [B], whose residual tokens the mask token replaces in training (default: random ones).
         """
+        if self.encoder is None:
+            raise UserError("this autoencoder was loaded to decode only: it has no encoder")
         h, w = (n // self.ratio for n in images.shape[-2:])
         features = self.encoder(images, grid=(h, w))  # [B, N, D], frozen
         if self.config["residual_channels"] == 0:
@@ -513,15 +517,16 @@ class Autoencoder(nn.Module):
         if align == "running":
             if not self.aligned:
                 raise UserError("this autoencoder has no running alignment statistics (the authors' file has "
-                                "none): use --align batch, or Autoencoder.measure_alignment on some images")
+                                "none): use --align batch, or Autoencoder.measure_statistics on some images")
             return self.alignment
         statistics = torch.stack([*channel_statistics(features, self.training),
                                   *channel_statistics(residual, self.training)])
         if self.training:
             # A batch that is not finite is skipped, here as by the optimiser.
-            finite = torch.where(statistics.isfinite().all(), statistics, self.alignment)
-            self.alignment.lerp_(finite, (1 / (self.alignment_batches + 1)).clamp(min=0.01))
-            self.alignment_batches += 1
+            finite = statistics.isfinite().all()
+            statistics_or_old = torch.where(finite, statistics, self.alignment)
+            self.alignment.lerp_(statistics_or_old, (1 / (self.alignment_batches + 1)).clamp(min=0.01))
+            self.alignment_batches += finite
         return statistics
 
     def mask(self, residual, masked=None):
@@ -563,36 +568,44 @@ class Autoencoder(nn.Module):
     def set_latent_stats(self, mean, std):
         """Set the latents' per-channel mean and std [C], for instance to the authors' published ones."""
         if not mean.shape == std.shape == self.latent_mean.shape:
-            raise UserError(f"latent statistics of {len(mean)} channels do not fit latents of "
+            raise UserError(f"latent statistics of {mean.numel()} channels do not fit latents of "
                             f"{self.channels}")
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise UserError("latent statistics are not finite, or a standard deviation is not above 0")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    @torch.no_grad()
-    def measure_alignment(self, batches):
-        """Set the running alignment statistics: means over batches of images on all ranks; ends in eval."""
-        self.eval()
-        total = torch.zeros(5, dtype=torch.float64)
-        for images in batches:
-            grid = [n // self.ratio for n in images.shape[-2:]]
-            features = channel_statistics(self.encoder(images, grid=grid))
-            residual = channel_statistics(self.residual_tokens(images))
-            total += torch.tensor([*features, *residual, 1.0])
-        *sums, count = all_reduce(total)
-        self.alignment.copy_(torch.stack(sums) / count)
-        self.alignment_batches.fill_(int(count))
+    def set_alignment(self, statistics):
+        """Set the alignment statistics [4]: mean and std of the features, then of the residual."""
+        if statistics.shape != self.alignment.shape or not statistics.isfinite().all():
+            raise UserError("alignment statistics are not four finite numbers")
+        self.alignment.copy_(statistics)
+        self.alignment_batches.fill_(1)
 
     @torch.no_grad()
-    def measure_latents(self, batches):
-        """Set the latents' mean and std, in float64, from batches of images on all ranks; ends in eval."""
+    def measure_statistics(self, batches):
+        """Set the alignment statistics and the latents' mean and std, from images on all ranks; ends in eval.
+
+        Moments of each channel, in float64, over all images together. So they do not depend on the batches
+        and, unlike the running averages of training, which have dropout in them, are exactly those of eval.
+        """
         self.eval()
         sums = torch.zeros(2 * self.channels + 1, dtype=torch.float64)
         for images in batches:
-            latents = self.encode(images).flatten(0, 1).cpu().double()
+            latents = self.encode(images, align="none").flatten(0, 1).cpu().double()
             sums += torch.cat([latents.sum(0), latents.square().sum(0), torch.tensor([len(latents)])])
         sums = all_reduce(sums)
         mean, square = (sums[:-1] / sums[-1]).view(2, -1)
-        self.set_latent_stats(mean, (square - mean.square()).clamp(min=1e-12).sqrt())
+        std = (square - mean.square()).clamp(min=1e-12).sqrt()
+        if self.config["residual_channels"] and self.config["align"] != "none":
+            features = slice(self.feature_channels)
+            residual = slice(self.feature_channels, None)
+            statistics = [part.mean() for kind in (features, residual) for part in (mean[kind], std[kind])]
+            self.set_alignment(torch.stack(statistics))
+            # What alignment makes of the residual's moments.
+            mean[residual] = match_distribution(mean[residual], *statistics)
+            std[residual] *= statistics[1] / (statistics[3] + 1e-6)
+        self.set_latent_stats(mean, std)
 
     def to_checkpoint(self):
         """Return what a checkpoint holds of this model: never the frozen encoder, only its file and hash."""
@@ -613,8 +626,10 @@ def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
     part = checkpoint.get("autoencoder", checkpoint)
     if not isinstance(part, dict) or part.get("kind") != "autoencoder":
         raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, or the authors')")
-    files.check_keys(part, ("config", "model", "fingerprint", "encoder_file"), path)
+    files.check_fields(part, {"config": dict, "model": dict, "fingerprint": str, "encoder_file": dict}, path)
     recorded = part["encoder_file"]
+    files.check_fields(recorded, {"file": str, "name": str, "fingerprint": str}, path)
+    files.check_tensors(part["model"], path)
     if encoder is None and not decode_only:
         if isinstance(checkpoint.get("encoder"), dict):
             encoder = encoder_from_weights(checkpoint, path)
@@ -623,22 +638,27 @@ def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
     if encoder and encoder.fingerprint != recorded["fingerprint"]:
         raise UserError(f"{path} was trained on other encoder weights than {encoder.file}: {recorded['file']}"
                         f" ({recorded['name']}, fingerprint {recorded['fingerprint'][:12]})")
-    model = Autoencoder(encoder, **part["config"])
+    model = files.build(Autoencoder, {**part["config"], "encoder": encoder}, path)
     files.strict_load(model, part["model"], path, "autoencoder")
+    files.check_fingerprint(part["model"], part["fingerprint"], path)
     model.fingerprint = part["fingerprint"]
+    model.step = part.get("step")
     return model.eval()
 
 
 def _authors_autoencoder(state_dict, path, encoder, decode_only):
     """Load the released layout, which keeps no running alignment statistics and no latent statistics."""
-    encoder_weights, weights = files.authors_autoencoder_weights(state_dict, path)
+    encoder_weights, weights = files.authors_autoencoder_weights(state_dict, path, decode_only)
     if encoder is None and not decode_only:
         encoder = encoder_from_weights(encoder_weights, path)
     model = Autoencoder(encoder, feature_channels=384)
-    own = ("alignment", "alignment_batches", "latent_mean", "latent_std")
-    weights |= {k: v for k, v in model.state_dict().items() if k in own}
-    files.strict_load(model, weights, path, "the authors' autoencoder")
-    model.fingerprint = files.fingerprint(model.decoder.state_dict())
+    if decode_only:
+        files.strict_load(model.decoder, weights, path, "the authors' decoder")
+    else:
+        own = ("alignment", "alignment_batches", "latent_mean", "latent_std")
+        weights |= {k: v for k, v in model.state_dict().items() if k in own}
+        files.strict_load(model, weights, path, "the authors' autoencoder")
+    model.fingerprint = files.fingerprint(state_dict)
     return model.eval()
 
 
@@ -753,26 +773,41 @@ class SiT(nn.Module):
         return self.final_layer(x, c)
 
 
+META = {  # what a checkpoint of a transformer records besides its weights; fingerprint: of the EMA
+    "autoencoder": dict, "alignment": torch.Tensor, "latent_mean": torch.Tensor, "latent_std": torch.Tensor,
+    "classes": list, "step": int, "fingerprint": str}
+
+
 def load_sit(path, ema=True):
     """Load a transformer in eval mode: ours (EMA weights by default), demo.pt, or the authors' {"ema": ...}.
 
-    `model.meta` holds what the checkpoint records besides: the autoencoder's fingerprint and path, latent
-    statistics, class names, step (empty for the authors').
+    `model.meta` holds those of META that the checkpoint has (of the authors' none).
     """
     checkpoint = load_checkpoint(path)
-    checkpoint = checkpoint.get("sit", checkpoint)
+    if isinstance(checkpoint.get("sit"), dict):
+        checkpoint = checkpoint["sit"]
     key = "ema" if ema else "model"
     meta = {}
+    positions = None
     if checkpoint.get("kind") == "sit":
-        files.check_keys(checkpoint, ("config", key), path)
+        files.check_fields(checkpoint, {"config": dict, key: dict}, path)
         config = checkpoint["config"]
         weights = checkpoint[key]
-        recorded = ("autoencoder", "latent_mean", "latent_std", "classes", "step")
-        meta = {k: v for k, v in checkpoint.items() if k in recorded}
+        meta = {k: v for k, v in checkpoint.items() if k in META}
+        files.check_fields(meta, {k: META[k] for k in meta}, path)
+        if "autoencoder" in meta:
+            files.check_fields(meta["autoencoder"], {"path": str, "fingerprint": str}, path)
     else:
-        config, weights = files.authors_sit_weights(checkpoint.get(key, checkpoint), path)
-    model = SiT(**config)
+        config, weights, positions = files.authors_sit_weights(checkpoint.get(key, checkpoint), path)
+    model = files.build(SiT, config, path)
     files.strict_load(model, weights, path, "SiT")
+    if positions is not None and positions.any():  # zeros only keep the place of the table
+        files.check_table(positions, model.pos_embed, path)
+    if ema and "fingerprint" in meta:
+        files.check_fingerprint(weights, meta["fingerprint"], path)
+    if len(meta.get("classes", [])) not in (0, model.num_classes):
+        raise UserError(f"{path}: a damaged checkpoint: {len(meta['classes'])} names of {model.num_classes} "
+                        f"classes")
     model.meta = meta
     return model.eval()
 

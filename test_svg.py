@@ -340,11 +340,13 @@ class Latents(Case):
         self.assertLess((running - batch).abs().mean(), 0.02 * batch[..., ae.encoder.dim:].std())
 
     def test_a_batch_that_is_not_finite_does_not_enter_the_running_alignment(self):
-        ae = tiny_autoencoder().train()
-        before = ae.alignment.clone()
+        ae, other = tiny_autoencoder(dropout=0.0).train(), tiny_autoencoder(dropout=0.0).train()
         with torch.no_grad():
             ae.encode(demo_images(2) * torch.nan)
-        self.close(ae.alignment, before, 0)
+            self.assertFalse(ae.aligned)  # nor does it count
+            for model in (ae, other):
+                model.encode(demo_images(2))
+        self.close(ae.alignment, other.alignment, 0)
 
     def test_alignment_statistics_of_two_ranks_are_those_of_the_whole_batch(self):
         x = torch.randn(6, 5, 3) * 4 + 2
@@ -362,12 +364,18 @@ class Latents(Case):
     def test_measured_statistics_make_latents_mean_0_std_1(self):
         ae = tiny_autoencoder()
         self.assertFalse(ae.measured)
-        ae.measure_alignment(demo_images(300).split(32))
-        ae.measure_latents(demo_images(300).split(32))
+        ae.measure_statistics(demo_images(300).split(32))
         with torch.no_grad():
             latents = ae.eval().normalize(ae.encode(demo_images(300))).flatten(0, 1)
         self.close(latents.mean(0), torch.zeros(72), 1e-3)
         self.close(latents.std(0), torch.ones(72), 1e-3)
+        with torch.no_grad():
+            features, residual = ae.encode(demo_images(300)).split([64, 8], -1)
+        for statistic in (lambda x: x.mean(), lambda x: x.flatten(0, 1).std(0).mean()):  # section 3.3
+            self.close(statistic(features), statistic(residual), 1e-3)
+        mean = ae.alignment.clone()
+        ae.measure_statistics(demo_images(300).split(7))  # whatever the batches
+        self.close(ae.alignment, mean, 1e-6)
         self.close(ae.denormalize(ae.normalize(latents)), latents, 1e-4)
 
 

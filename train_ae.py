@@ -144,7 +144,8 @@ def parse_args():
     runs.add_training_flags(parser, "ae", batch=512, lr=1e-4, steps=100_000)
     add = parser.add_argument
     add("--encoder", default="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
-        help="frozen encoder: a file in the weights folder, or a path")
+        help="frozen encoder: a path, or a file in the weights folder, to which these are downloaded: "
+        f"{', '.join(files.OPEN_ENCODERS)}; DINOv3 in sizes S, S+, B, L you put there yourself")
     add("--image-size", type=runs.positive, default=256, help="pixels per side")
     add("--grid", type=runs.positive, default=16, help="latent tokens per side")
     add("--residual-channels", type=runs.not_negative, default=8,
@@ -279,12 +280,16 @@ def main():
     # Data, and the run to resume.
     dataset = data.open_data(args.data, args.image_size, random_crop=True, seed=args.seed)
     run = runs.Run("ae", args, {"trained_on": encoder.fingerprint, **data.dataset_identity(dataset)})
+    parts = {"residual": model.residual} if args.residual_channels else {}
+    runs.say_start(device, args.precision, runs.describe(dataset, args.data),
+                   runs.millions(encoder=encoder, **parts, decoder=model.decoder), f"writes {run.path}/")
     step = 0
     checkpoint = run.resume()
     if checkpoint:
         step = checkpoint["step"]
         files.strict_load(model, checkpoint["model"], run.last, "the same autoencoder")
-        disc.load_state_dict(checkpoint["disc"])
+        files.check_fingerprint(checkpoint["model"], checkpoint["fingerprint"], run.last)
+        files.strict_load(disc, checkpoint["disc"], run.last, "the discriminator")
         opt.load_state_dict(checkpoint["opt"])
         opt_disc.load_state_dict(checkpoint["opt_disc"])
         for group in (*opt.param_groups, *opt_disc.param_groups):
@@ -296,7 +301,7 @@ def main():
     batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
 
     # Train.
-    stop = run.stopped()
+    stop = run.begin()
     while step < args.steps and not stop:
         images, _, corrupt = next(batches)
         run.report_corrupt(dataset, corrupt)
@@ -316,13 +321,15 @@ def main():
 
         # Save.
         if step % args.save_every == 0 or step == args.steps or stop:
-            if stop and step < args.steps:  # seconds may be left; stage 2 measures what is missing
-                model.latent_mean.zero_()
-            else:
+            if not stop:
+                some_images = data.spread_batches(centred, args.stats_images, local_batch, args.workers,
+                                                  device)
                 with runs.autocast(device, args.precision):
-                    model.measure_latents(data.spread_batches(centred, args.stats_images, local_batch,
-                                                              args.workers, device))
+                    model.measure_statistics(run.until_signal(some_images))
                 model.train()
+                stop = run.stopped()
+            if stop:  # seconds may be left; stage 2 measures what is missing
+                model.latent_mean.zero_()
             run.save({**model.to_checkpoint(), "step": step, "disc": disc.state_dict(),
                       "opt": opt.state_dict(), "opt_disc": opt_disc.state_dict()})
     run.end(step)

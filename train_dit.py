@@ -8,6 +8,8 @@ Finds the newest stage-1 run (or takes --ae) and records its fingerprint. Writes
 with samples labelled by class as previews. The same command resumes from last.pt.
 """
 import copy
+import warnings
+from pathlib import Path
 
 import torch
 
@@ -73,6 +75,18 @@ def open_autoencoder(args):
     return svg.load_autoencoder(path, weights_dir=args.weights), path
 
 
+def say_autoencoder(ae, path):
+    """Say which autoencoder is taken, at which of its training steps; warn of one that is not finished."""
+    folder = Path(path).parent
+    steps = files.read_json(folder / "config.json").get("steps", ae.step)
+    at = f" at step {ae.step} of {steps}" if ae.step else ""
+    runs.say(f"autoencoder {path}{at}, fingerprint {ae.fingerprint[:12]}")
+    training = runs.is_locked(folder)
+    if runs.rank() == 0 and (training or steps != ae.step):
+        state = "still being trained" if training else "not trained to its end"
+        warnings.warn(f"{path} is {state}: this run takes its weights of now")
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """Set ema = decay * ema + (1 - decay) * model, for every parameter."""
@@ -95,6 +109,7 @@ def main():
         classes = dataset.classes
         run = runs.Run("dit", args, {"trained_on": ae.fingerprint, "num_classes": len(classes),
                                      **data.dataset_identity(dataset)})
+        say_autoencoder(ae, ae_path)
 
     # Model and optimiser.
     torch.manual_seed(args.seed)  # every rank starts from the same weights
@@ -141,28 +156,33 @@ def main():
         return
 
     # The run to resume, or the latents' mean and std to start with.
+    runs.say_start(device, args.precision, runs.describe(dataset, args.data),
+                   runs.millions(SiT=model, autoencoder=ae), f"writes {run.path}/")
     step = 0
     checkpoint = run.resume()
     if checkpoint:
         step = checkpoint["step"]
         files.strict_load(model, checkpoint["model"], run.last, "the same transformer")
-        ema.load_state_dict(checkpoint["ema"])
+        files.strict_load(ema, checkpoint["ema"], run.last, "the same transformer")
+        if "fingerprint" in checkpoint:
+            files.check_fingerprint(checkpoint["ema"], checkpoint["fingerprint"], run.last)
         opt.load_state_dict(checkpoint["opt"])
         opt.param_groups[0]["lr"] = args.lr
         ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
-    elif args.latent_stats:
-        ae.set_latent_stats(*files.load_latent_stats(args.latent_stats))
-    elif not ae.measured:  # the authors' autoencoder, or one whose training was stopped
-        some_images = (dataset, 10_000, local_batch, args.workers, device)
-        if not ae.aligned:
-            ae.measure_alignment(data.spread_batches(*some_images))
-        ae.measure_latents(data.spread_batches(*some_images))
+        if "alignment" in checkpoint:
+            ae.set_alignment(checkpoint["alignment"])
+    else:
+        if not (ae.measured and ae.aligned):  # the authors' autoencoder, or one whose training was stopped
+            with runs.autocast(device, args.precision):
+                ae.measure_statistics(data.spread_batches(dataset, 10_000, local_batch, args.workers, device))
+        if args.latent_stats:
+            ae.set_latent_stats(*files.load_latent_stats(args.latent_stats))
     preview_labels = torch.arange(16, device=device) % len(classes)
     preview_noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
     batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
 
     # Train.
-    stop = run.stopped()
+    stop = run.begin()
     while step < args.steps and not stop:
         images, y, corrupt = next(batches)
         run.report_corrupt(dataset, corrupt)
@@ -185,6 +205,7 @@ def main():
         if step % args.save_every == 0 or step == args.steps or stop:
             run.save({"kind": "sit", "config": model.config, "step": step, "classes": classes,
                       "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
+                      "fingerprint": files.fingerprint(ema.state_dict()), "alignment": ae.alignment,
                       "latent_mean": ae.latent_mean, "latent_std": ae.latent_std,
                       "autoencoder": {"path": str(ae_path), "fingerprint": ae.fingerprint}})
     run.end(step)

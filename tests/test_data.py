@@ -13,7 +13,8 @@ from PIL import Image
 import data
 import shapes
 import svg
-from tests.helpers import DIT_DATA, REAL_DATA, Case, ok, run, trained
+from files import UserError
+from tests.helpers import DIT_DATA, REAL_DATA, Case, ok, run, trained, write_pictures
 
 
 class Data(Case):
@@ -70,6 +71,35 @@ class Data(Case):
             with mock.patch("runs.rank", lambda rank=rank: rank), mock.patch("runs.world_size", lambda: 2):
                 shares += next(iter(data.Stream(100, 8, 0, 13)))
         self.assertEqual(shares, whole)
+
+
+    def test_hidden_and_empty_folders_are_no_classes_and_loose_images_are_named(self):
+        for path in ("a/0.png", "b/deeper/1.png", ".ipynb_checkpoints/2.png", "b/.cache/3.png", "b/._4.png"):
+            Path("tree", path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(Path("tree", path))
+        Path("tree/empty").mkdir()
+        dataset = data.open_data("tree", 32)
+        self.assertEqual((dataset.classes, [dataset.name(i) for i in range(2)], len(dataset)),
+                         (["a", "b"], ["tree/a/0.png", "tree/b/deeper/1.png"], 2))
+        Image.new("RGB", (32, 32)).save("tree/loose.png")
+        for _ in range(2):  # also from the index's cache
+            with self.assertWarnsRegex(UserWarning, "1 images beside the class folders.*loose.png"):
+                self.assertEqual(len(data.open_data("tree", 32)), 2)
+        self.assertEqual(data.list_images("tree"),
+                         ["tree/a/0.png", "tree/b/deeper/1.png", "tree/loose.png"])
+
+    def test_a_flat_folder_trains_both_stages_as_one_class(self):
+        write_pictures("photos", 4)
+        ok(f"train_ae {REAL_DATA} --data photos --steps 1")
+        ok("train_dit --batch 4 --workers 0 --model 1,32,2 --data photos --steps 1 --preview-steps 1")
+        sit = svg.load_sit("runs/dit/last.pt")
+        self.assertEqual((sit.num_classes, sit.meta["classes"]), (1, ["photos"]))
+        ok("sample --steps 1 --num 2 --guidance 1")
+
+    def test_a_strip_of_a_pixel_does_not_take_gigabytes(self):
+        with self.assertRaisesRegex(UserError, "60000 x 1 pixels"):
+            data.crop(Image.new("RGB", (60000, 1)), 256)
+        self.assertEqual(data.crop(Image.new("RGB", (6000, 64)), 256).shape, (256, 256, 3))
 
 
 class PackedData(Case):

@@ -3,6 +3,7 @@ import copy
 import os
 from unittest import mock
 
+import numpy as np
 import torch
 
 import files
@@ -22,6 +23,21 @@ class Files(Case):
         with mock.patch("torch.save", full_disk), self.assertRaisesRegex(UserError, "last.pt.*No space"):
             svg.save_checkpoint("last.pt", {"step": 2})
         self.assertEqual((svg.load_checkpoint("last.pt"), os.listdir()), ({"step": 1}, ["last.pt"]))
+
+    def test_a_full_disk_is_named_whatever_torch_says(self):
+        def torch_says(checkpoint, file):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+        with mock.patch("torch.save", torch_says), mock.patch("shutil.disk_usage") as usage:
+            usage.return_value.free = 4096
+            with self.assertRaisesRegex(UserError, "no space left on the disk"):
+                svg.save_checkpoint("last.pt", {})
+
+    def test_pictures_appear_whole_or_not_at_all(self):
+        with mock.patch("PIL.Image.Image.save", lambda _, file, kind: file.write(b"half") / 0), \
+                self.assertRaises(ZeroDivisionError):
+            files.save_image("a/0.png", np.zeros((4, 4, 3), np.uint8))
+        self.assertEqual(os.listdir("a"), [])
 
     def test_fingerprint_changes_with_one_weight_and_not_with_the_file(self):
         a = {"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(3)}

@@ -5,6 +5,7 @@ in test_fid.py and test_probe.py.
 """
 import os
 import shutil
+import struct
 from pathlib import Path
 from unittest import mock
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 import files
+import shapes
 from tests.helpers import (
     DIT_DATA,
     MINI_AE,
@@ -19,6 +21,7 @@ from tests.helpers import (
     REAL_DATA,
     Case,
     ok,
+    pictures,
     trained,
     write_pictures,
     write_safetensors,
@@ -40,27 +43,40 @@ MISSING_FILES = [
 DAMAGED_FILES = [
     # An encoder.
     *[(f"train_ae --data good --encoder ./{file}", file, *words) for file, *words in (
-        ("text.pt", "not a readable checkpoint"), ("half.pt", "truncated"),
+        ("text.pt", "not a readable checkpoint"), ("half.pt", "truncated"), ("string.pt", "str"),
+        ("list.safetensors", "not a readable"), ("blocks.pt", "patch_embed"),
         ("zero.pt", "not a readable checkpoint"), ("list.pt", "list"), ("int.pt", "int"),
         ("half.safetensors", "truncated"), ("whole.safetensors", "patch_embed.proj"),
         ("nowhere.pth", "no such file"), ("mlp.pth", "patch_embed.proj", "fc.weight"),
         ("wrong.pth", "missing", "unexpected extra", "[7] instead of [384]"))],
     # A transformer.
     *[(f"sample --ckpt {file}", file) for file in (
-        "text.pt", "half.pt", "zero.pt", "list.pt", "int.pt", "ema.pt", "mlp.pth", "nowhere.pt", "sit.pt")],
+        "text.pt", "half.pt", "zero.pt", "list.pt", "int.pt", "ema.pt", "mlp.pth", "nowhere.pt", "sit.pt",
+        "string.pt", "nested.pt", "blocks.pt")],
+    *[(f"sample --ckpt sit-{damage}.pt", f"sit-{damage}.pt", *words) for damage, *words in (
+        ("config-3", "config"), ("config", "describes no SiT"), ("classes-3", "classes"),
+        ("classes", "names"), ("autoencoder-3", "autoencoder"), ("autoencoder", "no path, fingerprint"),
+        ("latent_mean-3", "latent_mean"), ("ema-3", "ema"), ("text", "not a state dict"),
+        ("flipped", "fingerprint"), ("nan", "not finite"))],
     # An autoencoder.
     *[(f"train_dit --demo --name new --ae {file}", file) for file in (
-        "text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt")],
+        "text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt", "ae-config-3.pt",
+        "ae-config.pt", "ae-encoder_file-3.pt", "ae-text.pt", "ae-flipped.pt", "ae-nan.pt")],
     # Latent statistics.
     *[(f"sample --latent-stats {file}", file) for file in ("text.npz", "zero.npz", "mlp.pth")],
     ("sample --latent-stats stats.npz", "5 channels", "72"),
+    ("sample --latent-stats zero-std.npz", "standard deviation"),
+    # A packed set.
+    *[(f"{DIT_DATA} --data packed-{damage}", f"packed-{damage}", words) for damage, words in (
+        ("labels", "labels.npy does not fit"), ("2d", "[2, 1]"), ("none", "no images"),
+        ("classes", "names"))],
 ]
 
 BAD_DATA = [
     *[(f"{stage} --data {folder}", f"--data {folder}", words)
       for stage in (f"train_ae {REAL_DATA}", DIT_DATA)
       for folder, words in (("nowhere", "no such folder"), ("empty", "class folders"),
-                            ("hollow", "no images"), ("flat", "one folder per class"))],
+                            ("hollow", "no images"))],
     (f"train_ae {REAL_DATA} --data unreadable", "no readable image"),
     (f"{DIT_DATA} --data unreadable --workers 1", "no readable image"),
     ("edit reconstruct empty", "reconstruct empty"),
@@ -78,7 +94,21 @@ BAD_FLAGS = [
     ("sample --dem", "--dem"),
     ("sample --classes 10", "--classes 10", "0 to 9", "arrow"),
     ("sample --classes unicorn", "--classes unicorn"),
-    ("sample --npz nowhere/x.npz", "--npz nowhere/x.npz"),
+    ("sample --npz nowhere/x.npz", "--npz", "nowhere/x.npz", "no such folder"),
+    ("sample --npz good", "--npz", "is a folder"),
+    ("sample --guidance 1e300", "--guidance", "0 to 1000"),
+    ("sample --guidance-interval nan 1", "--guidance-interval", "'nan'"),
+    ("sample --guidance-interval 1 0", "--guidance-interval 1 0"),
+    ("sample --seed " + 26 * "9", "--seed", "2^63"),
+    ("sample --num " + 5000 * "9", "--num"),
+    ("sample --out text.pt/x", "--out", "text.pt is not a folder"),
+    ("sample --out " + 300 * "x", "--out", "no name"),
+    ("data pack good /", "dst", "no name"),
+    ("data pack good packed-none", "packed-none", "already exists"),
+    (MINI_AE + " --name a/b", "--name", "runs/NAME"),
+    (MINI_AE + " --name ../x", "--name", "runs/NAME"),
+    (f"train_dit --demo --ae {shapes.DEMO_PT} --bench 1 --batch 64000000", "out of memory", "--batch",
+     "--accumulate", "--recompute"),
     (NEW_AE + " --steps 0", "--steps"),
     (NEW_AE + " --gan -1", "--gan", "'-1'"),
     (NEW_AE + " --workers -1", "--workers", "'-1'"),
@@ -116,7 +146,13 @@ DO_NOT_BELONG_TOGETHER = [
     (MINI_DIT + " --name demo-ae", "runs/demo-ae", "different run"),
     ("sample --steps 2 --out good --overwrite", "good", "not of this program", "--out"),
     ("sample --steps 2 --out text.pt", "--out text.pt"),
-    ("sample --steps 2 --out .", "--out ."),
+    ("sample --steps 2 --out .", "--out", "'.'"),
+    # What a user has is never removed.
+    ("sample --steps 2 --out album --overwrite", "album holds", "not of this program"),
+    ("sample --steps 2 --num 2 --out ours --overwrite", "ours holds mine.png", "not of this program"),
+    ("edit reconstruct good --out good --overwrite", "--out good", "holds the input good"),
+    ("edit reconstruct good/a --out good --overwrite", "--out good", "holds the input good/a"),
+    ("edit redraw good/a/0.png --box 0,0,9,9 --class 1 --out good", "holds the input good/a/0.png"),
 ]
 
 
@@ -150,7 +186,49 @@ class BadInput(Case):
                            "norm.weight": [7], "extra": [1]}
         torch.save({key: torch.zeros(shape) for key, shape in shapes_of_wrong.items()}, "wrong.pth")
         np.savez("stats.npz", mean=np.zeros(5), std=np.ones(5))
-        torch.save({**files.load_checkpoint("runs/demo-ae/last.pt"), "fingerprint": "0" * 64}, "other.pt")
+        np.savez("zero-std.npz", mean=np.zeros(72), std=np.zeros(72))
+        torch.save("text", "string.pt")
+        torch.save({"sit": {"sit": 3}}, "nested.pt")
+        torch.save({"blocks.x": torch.zeros(1), "x_embedder.weight": torch.zeros(4, 4)}, "blocks.pt")
+        Path("list.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
+        self.write_damaged_checkpoints()
+        images = np.zeros((2, 32, 32, 3), np.uint8)
+        for damage, pixels, labels, classes in (
+                ("labels", images, np.array([0, 1]), '["a"]'), ("2d", images, np.zeros((2, 1), int), '["a"]'),
+                ("none", images[:0], np.zeros(0, int), '["a"]'), ("classes", images, np.zeros(2, int), "3")):
+            os.makedirs(f"packed-{damage}")
+            np.save(f"packed-{damage}/images.npy", pixels)
+            np.save(f"packed-{damage}/labels.npy", labels)
+            Path(f"packed-{damage}/classes.json").write_text(classes)
+        write_pictures("album", 1)
+        Path("album/record.json").write_text('{"files": ["0.png"]}')
+        Path("album.json").write_text("{}")
+        write_pictures("ours", 1)
+        os.rename("ours/0.png", "ours/mine.png")
+        files.write_record(Path("ours"), {"steps": 3}, ["000000.png", "../album/0.png"])
+        other = files.load_checkpoint("runs/demo-ae/last.pt")
+        other["model"]["mask_token"] += 1
+        torch.save({**other, "fingerprint": files.fingerprint(other["model"])}, "other.pt")
+
+    def write_damaged_checkpoints(self):
+        """Both stages' checkpoints with one thing wrong in each."""
+        for kind, run, weights, fields in (
+                ("sit", "demo-dit", "ema", ("config", "classes", "autoencoder", "latent_mean", "ema")),
+                ("ae", "demo-ae", "model", ("config", "encoder_file"))):
+            whole = files.load_checkpoint(f"runs/{run}/last.pt")
+            whole = {key: value for key, value in whole.items() if key not in ("opt", "opt_disc", "disc")}
+            damaged = {f"{field}-3": {field: 3} for field in fields}
+            damaged["config"] = {"config": {"model": 3}}
+            damaged["classes"] = {"classes": ["one"]}
+            damaged["autoencoder"] = {"autoencoder": {}}
+            key = next(key for key, value in whole[weights].items() if value.ndim == 2)
+            flipped = whole[weights][key].clone()
+            flipped[0, 0] += 1
+            damaged["flipped"] = {weights: {**whole[weights], key: flipped}}
+            damaged["nan"] = {weights: {**whole[weights], key: flipped * torch.nan}}
+            damaged["text"] = {weights: {**whole[weights], key: "text"}}
+            for damage, change in damaged.items():
+                torch.save({**whole, **change}, f"{kind}-{damage}.pt")
 
     def test_missing_weights_say_where_to_get_them(self):
         with mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
@@ -181,6 +259,31 @@ class BadInput(Case):
         nodes = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "0", "TORCHELASTIC_MAX_RESTARTS": "3"}
         with mock.patch.dict(os.environ, nodes):
             self.refused(NEW_DIT, "--max-restarts", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
+
+    def test_only_what_the_record_lists_is_replaced(self):
+        write_pictures("trip", 1)
+        os.rename("trip/0.png", "trip.png")
+        os.rmdir("trip")
+        Path("trip.json").write_text("{}")
+        before = self.snapshot()
+        ok("edit redraw trip.png --box 0,0,16,16 --class star --steps 2 --out trip")
+        ok("edit redraw trip.png --box 0,0,16,16 --class disc --steps 2 --out trip --overwrite")
+        Path("ours/mine.png").unlink()
+        Path("ours/.notes").write_text("hidden")
+        Path("ours/000000.png").write_text("an old sample")
+        ok("sample --steps 2 --num 1 --out ours --overwrite")
+        after = self.snapshot()
+        self.assertEqual({p.name for p in before if before[p] != after.get(p)},
+                         {"mine.png", "record.json"})
+        self.assertTrue(Path("ours/.notes").exists())
+
+    def test_readme_runs_from_top_to_bottom(self):
+        ok("sample --steps 2 --num 20")
+        ok("sample --demo --steps 3 --num 12")  # replaces its own earlier run in the default folder
+        self.assertEqual(len(pictures("samples")), 12)
+        many = [*(f"{i:06d}.png" for i in range(2000)), "overview/samples.png"]
+        files.write_record(Path("samples"), {"steps": 1}, many)
+        self.refused("sample --steps 2", "samples", "different run of 2001 files", "--overwrite")
 
     def test_samples_of_two_commands_are_never_mixed(self):
         ok("sample --steps 2 --num 3 --out mine")

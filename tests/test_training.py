@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+import data
 import files
 import runs
 import shapes
@@ -78,11 +79,13 @@ class Commands(Case):
         shutil.copytree(trained() / "runs", "runs")
         for name, also in (("demo-ae", {"0000002.pt", "0000004.pt", "preview-0000004.png"}),
                            ("demo-dit", {"0000006.pt", "preview-0000006.png"})):
-            documented = {"config.json", "log.jsonl", "loss.png", "last.pt"}
+            documented = {".lock", "config.json", "log.jsonl", "loss.png", "last.pt"}
             self.assertEqual(set(os.listdir(f"runs/{name}")), documented | also)
         shell("sample --demo --steps 2 --num 12 --classes star 0 --npz images.npz")
-        self.assertEqual(set(os.listdir()), {"images.npz", "runs", "samples", "samples.json", "samples.png"})
-        self.assertEqual(sorted(os.listdir("samples")), [f"{i:06d}.png" for i in range(12)])
+        self.assertEqual(set(os.listdir()), {"images.npz", "runs", "samples"})
+        self.assertEqual(sorted(os.listdir("samples")), [".lock", *(f"{i:06d}.png" for i in range(12)),
+                                                         "overview", "record.json"])
+        self.assertEqual(os.listdir("samples/overview"), ["samples.png"])
         np.testing.assert_array_equal(files.load_npz("images.npz")["arr_0"], pictures("samples"))
         self.assertEqual(pictures("samples").shape, (12, 32, 32, 3))
         ok("sample --demo --steps 2 --num 12 --classes star 0")  # the same command again is the same run
@@ -92,7 +95,7 @@ class Commands(Case):
         write_pictures("real/a", 3)
         ok("edit reconstruct real")
         self.assertEqual(sorted(os.listdir("reconstructions/a")), ["0.png", "1.png", "2.png"])
-        self.assertTrue(os.path.exists("reconstructions.png"))
+        self.assertTrue(os.path.exists("reconstructions/overview/reconstructions.png"))
 
     def test_training_skips_a_corrupt_image_with_one_warning(self):
         write_pictures("data/a", 3)
@@ -269,6 +272,73 @@ runs.run_main(train_dit.main)
                 last = checkpoint["step"]
         self.assertGreater(last, 12)
 
+    def test_a_run_has_one_writer_and_a_killed_one_blocks_nobody(self):
+        ae = f" --ae {trained()}/runs/demo-ae/last.pt"
+        writer = start(MINI_DIT + ae + " --steps 100000 --save-every 1 --workers 1")
+        for line in writer.stdout:
+            if line.startswith("step 3"):
+                break
+        code, _, err = run(MINI_DIT + ae + " --steps 100000 --save-every 1")
+        self.assertEqual((code, err.count("\n")), (2, 1), err)
+        self.assertIn(f"runs/demo-dit is being written by process {writer.pid} on ", err)
+        self.assertIsNone(writer.poll())
+        writer.kill()
+        writer.communicate()
+        step = svg.load_checkpoint("runs/demo-dit/last.pt")["step"]
+        self.assertIn("resuming", ok(MINI_DIT + ae + f" --save-every 1 --steps {step + 1}"))
+
+    def test_stage_2_resumes_on_an_autoencoder_without_statistics(self):
+        ae = files.load_checkpoint(trained() / "runs/demo-ae/last.pt")  # as the authors' is
+        ae["model"]["alignment_batches"].zero_()
+        ae["model"]["alignment"].copy_(torch.tensor([0.0, 1.0, 0.0, 1.0]))
+        ae["model"]["latent_mean"].zero_()
+        torch.save({**ae, "fingerprint": files.fingerprint(ae["model"])}, "theirs.pt")
+        command = MINI_DIT + " --ae theirs.pt --name"
+        with mock.patch("data.spread_batches", lambda dataset, count, *more, real=data.spread_batches:
+                        real(dataset, 64, *more)):
+            ok(command, "whole", "--steps", 4)
+            ok(command, "halves", "--steps", 2)
+            np.savez("stats.npz", mean=np.zeros(72), std=np.ones(72))
+            ok(command, "stats", "--steps", 1, "--latent-stats", "stats.npz")
+        ok(command, "halves", "--steps", 4)  # measures nothing
+        whole, halves, stats = (svg.load_checkpoint(f"runs/{name}/last.pt")
+                                for name in ("whole", "halves", "stats"))
+        self.assert_same(whole, halves)
+        self.assertEqual((stats["latent_std"] == 1).all(), (stats["alignment"] == whole["alignment"]).all())
+        write_pictures("in", 1)  # encoding takes the statistics that the transformer brings
+        ok("edit redraw in/0.png --ckpt runs/halves/last.pt --box 0,0,16,16 --class star --steps 2")
+
+    def test_stage_2_says_which_autoencoder_it_takes_and_warns_of_an_unfinished_one(self):
+        shutil.copytree(trained() / "runs/demo-ae", "runs/demo-ae")
+        self.assertIn("autoencoder runs/demo-ae/last.pt at step 4 of 4", ok(MINI_DIT + " --steps 1"))
+        config = json.loads(Path("runs/demo-ae/config.json").read_text())
+        Path("runs/demo-ae/config.json").write_text(json.dumps({**config, "steps": 9}))
+        _, out, err = run(MINI_DIT + " --steps 2")
+        self.assertIn("at step 4 of 9", out)
+        self.assertRegex(err, "warning: runs/demo-ae/last.pt is not trained to its end")
+        with mock.patch("runs.is_locked", lambda _: True):
+            self.assertRegex(run(MINI_DIT + " --steps 3")[2], "still being trained")
+
+    def test_the_first_step_is_shown_and_then_the_time_decides(self):
+        out = ok(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 6 --log-every 5")
+        self.assertEqual([line.split()[1] for line in out.splitlines() if line.startswith("step")],
+                         ["1/6", "5/6", "6/6"])
+        self.assertRegex(out, r"cpu, \d+ threads, fp32 \| shapes://train: 20,000 images, 10 classes \| "
+                              r"SiT .*M, autoencoder .*M parameters \| writes runs/demo-dit/")
+        self.assertEqual([e["step"] for e in read_log("demo-dit")], [5, 6])
+        shown, now = io.StringIO(), 0
+        with mock.patch("time.time", lambda: now), contextlib.redirect_stdout(shown):
+            for _ in runs.progress([[1]] * 100, "counting", 100):
+                now += 1  # a second an image
+        self.assertRegex(shown.getvalue(), r"^counting: 4/100 images  1\.0 images/s  0:01:36 left\n")
+        self.assertEqual(len(shown.getvalue().splitlines()), 17)
+
+    def test_bad_steps_stop_the_run_at_their_number_whatever_is_logged(self):
+        with mock.patch("svg.flow_loss", lambda *a, real=svg.flow_loss: real(*a) * math.nan):
+            code, _, err = run(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 99 --log-every 50")
+        self.assertEqual(code, 2)
+        self.assertIn(f"no finite gradient for {runs.MAX_SKIPPED} steps, up to step {runs.MAX_SKIPPED}:", err)
+
     def test_a_killed_run_goes_on_from_its_last_save(self):
         command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --save-every 1 --steps"
         seen = 0
@@ -284,7 +354,7 @@ runs.run_main(train_dit.main)
         Path("runs/demo-dit/.last.pt.1.tmp").touch()  # what a kill in the middle of a save leaves
         self.assertIn(f"at step {seen}", ok(command, seen + 2))
         self.assertEqual([e["step"] for e in read_log("demo-dit")], list(range(1, seen + 3)))
-        self.assertEqual(list(Path("runs/demo-dit").glob(".*")), [])
+        self.assertEqual(os.listdir("runs/demo-dit").count(".last.pt.1.tmp"), 0)
 
     def test_full_disk_is_one_line_and_the_checkpoint_before_it_stays(self):
         before = self.train("full", steps=2)
@@ -296,7 +366,7 @@ runs.run_main(train_dit.main)
         self.assertEqual((process.returncode, err.count("\n")), (2, 1), err)
         self.assertRegex(err, r"runs/full/last\.pt: not written .*intact")
         self.assert_same(before, svg.load_checkpoint("runs/full/last.pt"))
-        self.assertEqual(list(Path("runs/full").glob(".*")), [])
+        self.assertEqual(list(Path("runs/full").glob(".*.tmp")), [])
 
     def test_old_checkpoints_go_and_milestones_stay(self):
         self.train("run", "--save-every", 1, "--keep", 2, "--milestone-every", 3, steps=7)
