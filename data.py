@@ -339,9 +339,9 @@ def pack(src, dst, size, workers=0):
     when it is whole.
     """
     dst = Path(dst)
-    part = dst.with_name(dst.name + ".part")
     if dst.exists():
         raise UserError(f"{dst} already exists: give another name, or remove it")
+    part = dst.with_name(dst.name + ".part")
     dataset = ImageFolder(src, size)
     print(f"{runs.describe(dataset, src)} | {size} pixels | {workers} processes | writes {dst}", flush=True)
     runs.lock_folder(part)
@@ -394,7 +394,7 @@ def main():
     add = parser.add_argument
     add("command", choices=["pack"])
     add("src", help="folder of class folders of images")
-    add("dst", type=runs.new_path, help="folder to write, for --data: images.npy, labels.npy, classes.json")
+    add("dst", type=runs.new_folder, help="folder to write, for --data: images.npy, labels.npy, classes.json")
     add("--size", type=runs.positive, default=256, help="pixels per side, cropped the ADM way")
     add("--workers", type=runs.not_negative, default=os.cpu_count(), help="decoding processes")
     args = parser.parse_args()

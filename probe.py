@@ -710,7 +710,7 @@ def parse_args():
 
     def add_probe(name):
         command = commands.add_parser(name, doc=PROBES[name].__doc__, demo=DEMO.get(name))
-        command.add_argument("--out", type=runs.new_path, default="probes",
+        command.add_argument("--out", type=runs.new_folder, default="probes",
                              help="folder for the numbers and the picture")
         command.add_argument("--seed", type=runs.not_negative, default=0,
                              help="of weights, order, crops and noise")

@@ -234,12 +234,12 @@ def not_negative(text):
     return 0 if text == "0" else positive(text)
 
 
-def new_path(text):
-    """Check that a file or folder can be made at a path, its parents too if need be (an argparse type)."""
-    path = Path(text)
-    if not path.name or max(len(os.fsencode(part)) for part in path.parts) > 200:
-        raise argparse.ArgumentTypeError(f"'{text}' is no name for a file or folder to make")
-    place = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+def new_folder(text):
+    """Check that a folder can be written or made at a path, its parents too if need be (an argparse type)."""
+    path = Path(text).absolute()
+    if max(len(os.fsencode(part)) for part in path.parts) > 200:
+        raise argparse.ArgumentTypeError(f"'{text}': too long a name")
+    place = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not (place.is_dir() and os.access(place, os.W_OK)):
         raise argparse.ArgumentTypeError(f"'{text}': {place} is not a folder that can be written")
     return text
@@ -247,24 +247,25 @@ def new_path(text):
 
 def new_file(text):
     """Check that a file can be written at a path, whose folder must be there (an argparse type)."""
-    if not Path(text).absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"'{text}': no such folder")
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"'{text}' is a folder")
-    return new_path(text)
+    path = Path(text).absolute()
+    if path.is_dir() or not path.parent.is_dir():
+        problem = "is a folder" if path.is_dir() else "no such folder"
+        raise argparse.ArgumentTypeError(f"'{text}': {problem}")
+    new_folder(path.parent)
+    return text
 
 
 def run_name(text):
     """Check the name of a folder below runs/ (an argparse type)."""
     if text != Path(text).name or text.startswith("."):
         raise argparse.ArgumentTypeError(f"'{text}' is not a plain name: the run is runs/NAME")
-    return new_path(text)
+    return new_folder(text)
 
 
 def add_output_flags(parser, out):
     """Add --out and --overwrite, which claim_folder reads."""
     parser.set_defaults(default_out=out)
-    parser.add_argument("--out", type=new_path, default=out, help="folder to write")
+    parser.add_argument("--out", type=new_folder, default=out, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what another run left in --out")
 
 
@@ -523,8 +524,8 @@ def progress(batches, what, total, count=len):
         if due(start, shown):
             shown = time.time()
             rate = done / (shown - start)
-            print(f"{what}: {done:,}/{total:,} images  {rate:.1f} images/s  "
-                  f"{duration((total - done) / rate)} left", flush=True)
+            say(f"{what}: {done:,}/{total:,} images  {rate:.1f} images/s  "
+                f"{duration((total - done) / rate)} left")
 
 
 # -- Folders that a program writes -------------------------------------------------------------------------
@@ -580,8 +581,6 @@ def claim_folder(args, settings, names, inputs=()):
         for path in inputs:
             if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise UserError(f"--out {out} holds the input {path}: give another --out")
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out} is a file: give the name of a folder to make")
         before = files.read_record(out)
         found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
         foreign = {name for name in found - set(before["files"]) - {files.RECORD}

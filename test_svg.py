@@ -134,6 +134,32 @@ class Golden(Case):
         with self.assertRaisesRegex(UserError, "no running alignment statistics"):
             ae.encode(x)  # the authors' file has none
 
+    def test_a_file_of_the_decoder_alone_decodes(self):
+        decoder = {k: v for k, v in weights("svg_autoencoder").items() if k.startswith("decoder.")}
+        torch.save({"state_dict": decoder}, "decoder.ckpt")
+        ae = svg.load_autoencoder("decoder.ckpt", decode_only=True)
+        self.agree("ae/decode_only",
+                   ae.decode(normal(6, 1, 392, 16, 16).flatten(2).transpose(1, 2))[:, :, ::15, ::15])
+        with self.assertRaisesRegex(UserError, "decode only"):
+            ae.encode(torch.zeros(1, 3, 256, 256))
+        with self.assertRaisesRegex(UserError, r"no encoder.\*, extra_vit.\* .*a decoder alone can only decode"):
+            svg.load_autoencoder("decoder.ckpt")
+
+    def test_what_the_authors_files_lack_or_have_otherwise_is_named(self):
+        without = {k: v for k, v in weights("svg_autoencoder").items() if k != "mask_token"}
+        torch.save({"state_dict": without}, "ae.ckpt")
+        with self.assertRaisesRegex(UserError, "ae.ckpt.*missing mask_token"):
+            svg.load_autoencoder("ae.ckpt")
+        sit = weights("svg_dit_tiny")
+        table = svg.sincos_positions(96, 16)[None]
+        for positions, same in ((table, True), (table.flip(1), False), (table[:, :64], False)):
+            torch.save({"ema": {**sit, "pos_embed": positions}}, "sit.pt")
+            if same:
+                self.assertEqual(svg.load_sit("sit.pt").grid, 16)
+            else:
+                with self.assertRaisesRegex(UserError, "sit.pt: its pos_embed"):
+                    svg.load_sit("sit.pt")
+
     def test_alignment_agrees_with_the_authors(self):
         h, r = normal(3, 4, 384, 256) * .7 + .1, normal(4, 4, 8, 256) * 5 - 2
 

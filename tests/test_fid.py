@@ -282,6 +282,13 @@ class Command(Measured):
         np.savez("a.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
         self.assertIsInstance(fid.open_source("a.npz")["images"].source, np.memmap)
 
+    def test_an_output_folder_is_scored_without_its_overview_and_a_missing_image_is_noticed(self):
+        ok("sample --steps 1 --num 6")
+        self.assertEqual(self.number("samples --demo --workers 0")["num"], 6)
+        os.remove("samples/000003.png")
+        self.assertIn("samples: 5 images, but its record says 6",
+                      self.number("samples --demo --workers 0")["err"])
+
     def test_size_crops_folders_and_arrays_alike(self):
         write_pictures("a", 5)
         np.savez("a.npz", arr_0=pictures("a"))
@@ -316,7 +323,7 @@ class Command(Measured):
     def test_statistics_are_saved_without_a_reference(self):
         write_pictures("a", 6)
         code, out, err = run(f"fid a --features {shapes.DEMO_PT} --save-stats a.npz")
-        self.assertEqual((code, out), (0, ""), err)
+        self.assertEqual((code, out.splitlines()[1:]), (0, ["statistics of a written to a.npz"]), err)
         self.assertEqual(files.load_npz("a.npz")["num"], 6)
 
 
@@ -339,7 +346,7 @@ class Pairs(Measured):
 
     def test_all_numbers_of_pairs_in_one_command(self):
         found = self.number("recon --ref val --paired --demo --batch 3 --workers 0")
-        self.assertRegex(found["out"], r"^rFD-demo-encoder \d.*PSNR \d\S* \+- \d.*SSIM \d\S* \+- \d")
+        self.assertRegex(found["out"], r"\nrFD-demo-encoder \d.*PSNR \d\S* \+- \d.*SSIM \d\S* \+- \d")
         self.assertEqual(found["not_measured"], {"LPIPS": "--demo downloads nothing"})
         for key, measure in [("PSNR", fid.psnr), ("SSIM", fid.ssim)]:
             values = measure(*self.sides)
@@ -431,8 +438,8 @@ class Refused(Case):
                 ("--demo --protocol pytorch-fid", "--protocol", "--demo"),
                 ("--demo --features x.pth", "--features", "--demo"),
                 ("--features x.pth --protocol pytorch-fid --ref good", "--features", "--protocol"),
-                ("--demo --json no/x.json", "--json no/x.json"),
-                ("--demo --save-stats no/x.npz", "--save-stats no/x.npz"),
+                ("--demo --json no/x.json", "--json: 'no/x.json': no such folder"),
+                ("--demo --save-stats no/x.npz", "--save-stats: 'no/x.npz': no such folder"),
                 ("--demo --paired", "--paired", "--ref"),
                 ("--paired", "--paired", "--ref"),
                 ("--features x.pth", "--features", "--ref"),
@@ -451,16 +458,16 @@ class Refused(Case):
         for flag in ("--json", "--save-stats"):
             code, _, err = run(f"fid good --demo --workers 0 {flag} empty")  # a folder
             self.assertEqual(code, 2)
-            self.assertRegex(err, r"\nerror: empty: not written \(Is a directory\)")
+            self.assertRegex(err, r"^error: argument --.*: 'empty': is a folder")  # before it is measured
 
     def test_features_that_do_not_fit_or_are_not_finite(self):
         code, _, err = run("fid good --ref eight.npz --demo --workers 0")
         self.assertEqual(code, 2)
-        self.assertRegex(err, r"\nerror: good against eight.npz: .*\(8,\)")
+        self.assertRegex(err, r"^error: good against eight.npz: .*\(8,\)")
         with mock.patch("svg.Encoder.forward", lambda *_, **__: torch.full((4, 1, 8), torch.nan)):
             code, _, err = run("fid good --demo --workers 0")
         self.assertEqual(code, 2)
-        self.assertRegex(err, r"\nerror: good: features are not finite")
+        self.assertRegex(err, r"^error: good: features are not finite")
 
 
 @unittest.skipUnless(REAL.is_dir(), "real weights are not here")

@@ -364,7 +364,8 @@ REFUSED = [
     ("probe space --data good", "--ae"),  # only demo runs are there
     ("probe classify --data good --ae runs/demo-ae/last.pt", "--data good/train", "no such folder"),
     ("probe pca --images text.pt --demo", "text.pt", "not a readable image"),
-    *[(f"probe {command} --out {out}", f"--out {out}") for out in ("text.pt", "text.pt/below")
+    *[(f"probe {command} --out {out}", "--out", f"'{out}'", "not a folder")
+      for out in ("text.pt", "text.pt/below")
       for command in ("segment --demo", "toy", "pixels", "pca --demo", "space --demo", "classify --demo")],
 ]
 
@@ -378,7 +379,7 @@ class Refusals(Case):
         Path("text.pt").write_text("not a checkpoint\nat all\n")
         self.refuse_all(REFUSED)
         with mock.patch("os.access", lambda path, mode: False):
-            self.refused("probe toy", "--out probes", str(self.folder), "written")
+            self.refused("probe toy", "--out", "'probes'", str(self.folder), "written")
 
     def test_a_folder_of_another_layout_is_told_the_right_one(self):
         write_pictures("good/a", 2)
