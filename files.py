@@ -171,13 +171,6 @@ def fingerprint(state_dict):
     return digest.hexdigest()
 
 
-def check_fingerprint(weights, recorded, path):
-    """Raise UserError if weights are not those whose fingerprint was recorded with them."""
-    if fingerprint(weights) != recorded:
-        raise UserError(f"{path}: its weights are not those that were saved (another fingerprint): the file "
-                        f"is damaged or was changed; copy or download it again")
-
-
 def check_fields(checkpoint, fields, path):
     """Raise UserError if a checkpoint lacks one of `fields` {name: type}, or holds something else there."""
     missing = [name for name in fields if name not in checkpoint]
@@ -205,14 +198,11 @@ def check_tensors(weights, path):
             raise UserError(f"{path}: not a state dict: its {key} is of type {type(value).__name__}")
 
 
-def check_table(found, expected, path):
-    """Raise UserError if a recorded position table is not the fixed one."""
-    if found.shape != expected.shape or not torch.allclose(found.float(), expected, atol=1e-3):
-        raise UserError(f"{path}: its pos_embed is not the fixed sine-cosine table")
+def strict_load(module, weights, path, what, recorded=None):
+    """Load every tensor, or raise UserError that names what is missing, unexpected, misshapen, not finite.
 
-
-def strict_load(module, weights, path, what):
-    """Load every tensor, or raise UserError that names what is missing, unexpected, misshapen, not finite."""
+    recorded: the fingerprint that was saved with the weights, if one was.
+    """
     own = module.state_dict()
     check_tensors(weights, path)
     both = [k for k in own if k in weights]
@@ -229,6 +219,9 @@ def strict_load(module, weights, path, what):
             problems.append(f"{problem} {', '.join(keys[:3])}{more}")
     if problems:
         raise UserError(f"{path}: not the weights of {what}: {'; '.join(problems)}")
+    if recorded and fingerprint(weights) != recorded:
+        raise UserError(f"{path}: its weights are not those that were saved (another fingerprint): the file "
+                        f"is damaged or was changed; copy or download it again")
     module.load_state_dict(weights)
 
 

@@ -639,8 +639,7 @@ def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
         raise UserError(f"{path} was trained on other encoder weights than {encoder.file}: {recorded['file']}"
                         f" ({recorded['name']}, fingerprint {recorded['fingerprint'][:12]})")
     model = files.build(Autoencoder, {**part["config"], "encoder": encoder}, path)
-    files.strict_load(model, part["model"], path, "autoencoder")
-    files.check_fingerprint(part["model"], part["fingerprint"], path)
+    files.strict_load(model, part["model"], path, "autoencoder", part["fingerprint"])
     model.fingerprint = part["fingerprint"]
     model.step = part.get("step")
     return model.eval()
@@ -800,11 +799,11 @@ def load_sit(path, ema=True):
     else:
         config, weights, positions = files.authors_sit_weights(checkpoint.get(key, checkpoint), path)
     model = files.build(SiT, config, path)
-    files.strict_load(model, weights, path, "SiT")
-    if positions is not None and positions.any():  # zeros only keep the place of the table
-        files.check_table(positions, model.pos_embed, path)
-    if ema and "fingerprint" in meta:
-        files.check_fingerprint(weights, meta["fingerprint"], path)
+    files.strict_load(model, weights, path, "SiT", meta.get("fingerprint") if ema else None)
+    table = model.pos_embed
+    if positions is not None and positions.any() and not (  # zeros only keep the place of the table
+            positions.shape == table.shape and torch.allclose(positions.float(), table, atol=1e-3)):
+        raise UserError(f"{path}: its pos_embed is not the fixed sine-cosine table of a SiT")
     if len(meta.get("classes", [])) not in (0, model.num_classes):
         raise UserError(f"{path}: a damaged checkpoint: {len(meta['classes'])} names of {model.num_classes} "
                         f"classes")

@@ -287,8 +287,8 @@ def main():
     checkpoint = run.resume()
     if checkpoint:
         step = checkpoint["step"]
-        files.strict_load(model, checkpoint["model"], run.last, "the same autoencoder")
-        files.check_fingerprint(checkpoint["model"], checkpoint["fingerprint"], run.last)
+        files.strict_load(model, checkpoint["model"], run.last, "the same autoencoder",
+                          checkpoint["fingerprint"])
         files.strict_load(disc, checkpoint["disc"], run.last, "the discriminator")
         opt.load_state_dict(checkpoint["opt"])
         opt_disc.load_state_dict(checkpoint["opt_disc"])

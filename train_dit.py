@@ -163,9 +163,8 @@ def main():
     if checkpoint:
         step = checkpoint["step"]
         files.strict_load(model, checkpoint["model"], run.last, "the same transformer")
-        files.strict_load(ema, checkpoint["ema"], run.last, "the same transformer")
-        if "fingerprint" in checkpoint:
-            files.check_fingerprint(checkpoint["ema"], checkpoint["fingerprint"], run.last)
+        files.strict_load(ema, checkpoint["ema"], run.last, "the same transformer",
+                          checkpoint.get("fingerprint"))
         opt.load_state_dict(checkpoint["opt"])
         opt.param_groups[0]["lr"] = args.lr
         ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
