@@ -177,9 +177,10 @@ def check_fields(checkpoint, fields, path):
     if missing:
         raise UserError(f"{path}: a damaged checkpoint: no {', '.join(missing)} in it")
     for name, kind in fields.items():
-        if not isinstance(checkpoint[name], kind):
-            raise UserError(f"{path}: a damaged checkpoint: its {name} is of type "
-                            f"{type(checkpoint[name]).__name__}, not {kind.__name__}")
+        value = checkpoint[name]
+        if not isinstance(value, kind) or (kind is torch.Tensor and not is_plain(value)):
+            raise UserError(f"{path}: a damaged checkpoint: its {name} is of type {type(value).__name__}, not "
+                            f"a plain {kind.__name__}")
 
 
 def build(model, config, path):
@@ -191,11 +192,18 @@ def build(model, config, path):
                         f"({short_error(e)})") from e
 
 
+def is_plain(value):
+    """Whether a value is a dense tensor on the CPU, of one of SAFETENSORS_TYPES."""
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+            and value.dtype in SAFETENSORS_TYPES.values())
+
+
 def check_tensors(weights, path):
-    """Raise UserError if one of the values of a state dict is no tensor."""
+    """Raise UserError if one of the values of a state dict is no plain tensor."""
     for key, value in weights.items():
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: not a state dict: its {key} is of type {type(value).__name__}")
+        if not is_plain(value):
+            raise UserError(f"{path}: not a state dict: its {key} is no dense tensor of numbers, but "
+                            f"{type(value).__name__}")
 
 
 def strict_load(module, weights, path, what, recorded=None):

@@ -804,9 +804,9 @@ def load_sit(path, ema=True):
     if positions is not None and positions.any() and not (  # zeros only keep the place of the table
             positions.shape == table.shape and torch.allclose(positions.float(), table, atol=1e-3)):
         raise UserError(f"{path}: its pos_embed is not the fixed sine-cosine table of a SiT")
-    if len(meta.get("classes", [])) not in (0, model.num_classes):
-        raise UserError(f"{path}: a damaged checkpoint: {len(meta['classes'])} names of {model.num_classes} "
-                        f"classes")
+    names = meta.get("classes", [])
+    if len(names) not in (0, model.num_classes) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: a damaged checkpoint: its classes are not {model.num_classes} names")
     model.meta = meta
     return model.eval()
 

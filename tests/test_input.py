@@ -57,7 +57,8 @@ DAMAGED_FILES = [
         ("config-3", "config"), ("config", "describes no SiT"), ("classes-3", "classes"),
         ("classes", "names"), ("autoencoder-3", "autoencoder"), ("autoencoder", "no path, fingerprint"),
         ("latent_mean-3", "latent_mean"), ("ema-3", "ema"), ("text", "not a state dict"),
-        ("flipped", "fingerprint"), ("nan", "not finite"))],
+        ("flipped", "fingerprint"), ("nan", "not finite"), ("numbers", "names"), ("sparse", "dense"),
+        ("complex", "latent_std"))],
     # An autoencoder.
     *[(f"train_dit --demo --name new --ae {file}", file) for file in (
         "text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt", "ae-config-3.pt",
@@ -226,6 +227,9 @@ class BadInput(Case):
             flipped[0, 0] += 1
             damaged["flipped"] = {weights: {**whole[weights], key: flipped}}
             damaged["nan"] = {weights: {**whole[weights], key: flipped * torch.nan}}
+            damaged["numbers"] = {"classes": list(range(10))}
+            damaged["sparse"] = {weights: {**whole[weights], key: flipped.to_sparse()}}
+            damaged["complex"] = {"latent_std": torch.zeros(72, dtype=torch.complex64)}
             damaged["text"] = {weights: {**whole[weights], key: "text"}}
             for damage, change in damaged.items():
                 torch.save({**whole, **change}, f"{kind}-{damage}.pt")
