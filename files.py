@@ -179,8 +179,8 @@ def check_fields(checkpoint, fields, path):
     for name, kind in fields.items():
         value = checkpoint[name]
         if not isinstance(value, kind) or (kind is torch.Tensor and not is_plain(value)):
-            raise UserError(f"{path}: a damaged checkpoint: its {name} is of type {type(value).__name__}, not "
-                            f"a plain {kind.__name__}")
+            raise UserError(f"{path}: a damaged checkpoint: its {name} is of type {type(value).__name__}, "
+                            f"not a plain {kind.__name__}")
 
 
 def build(model, config, path):
