@@ -121,8 +121,9 @@ def limit_memory():
         for container in ("memory.max", "memory/memory.limit_in_bytes"):
             with contextlib.suppress(OSError, ValueError):  # "max": none
                 free = min(free, int(Path("/sys/fs/cgroup", container).read_text()))
-        share = free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        resource.setrlimit(resource.RLIMIT_DATA, (share, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        own = 1024 * int(re.search(r"VmData:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+        limit = own + free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
 def autocast(device, precision):
