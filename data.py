@@ -206,11 +206,12 @@ class Packed(torch.utils.data.Dataset):
             self.images = np.load(os.path.join(root, "images.npy"), mmap_mode="r")
             self.labels = np.load(os.path.join(root, "labels.npy"))
             self.classes = json.loads(Path(root, "classes.json").read_text())
-        except (OSError, ValueError, EOFError) as e:
+        except Exception as e:  # a damaged file fails in any of NumPy's and JSON's ways
             raise UserError(f"--data {root}: not a whole packed set ({files.short_error(e)}); pack it "
                             f"again") from e
-        square = self.images.shape[1:2] * 2
-        if self.images.dtype != np.uint8 or self.images.shape != (*self.labels.shape, *square, 3):
+        square = np.shape(self.images)[1:2] * 2
+        shape = (self.labels.size, *square, 3)
+        if self.images.dtype != np.uint8 or self.images.shape != shape or self.labels.ndim != 1:
             raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} and "
                             f"labels.npy {list(self.labels.shape)}, not uint8 [N, size, size, 3] and [N]; "
                             f"pack it again")
@@ -218,7 +219,8 @@ class Packed(torch.utils.data.Dataset):
             raise UserError(f"--data {root}: a packed set of no images")
         if not isinstance(self.classes, list) or not all(isinstance(c, str) for c in self.classes):
             raise UserError(f"--data {root}: classes.json is no list of names; pack it again")
-        if self.labels.dtype.kind != "i" or not set(np.unique(self.labels)) <= set(range(len(self.classes))):
+        known = set(range(len(self.classes)))
+        if self.labels.dtype.kind not in "iu" or not set(np.unique(self.labels)) <= known:
             raise UserError(f"--data {root}: labels.npy does not fit the {len(self.classes)} names of "
                             f"classes.json; pack it again")
         if size and self.images.shape[1] != size:
@@ -344,12 +346,15 @@ def pack(src, dst, size, workers=0):
     part = dst.with_name(dst.name + ".part")
     dataset = ImageFolder(src, size)
     print(f"{runs.describe(dataset, src)} | {size} pixels | {workers} processes | writes {dst}", flush=True)
+    if part.exists() and (not part.is_dir() or any(part.iterdir()) and not (part / "state.json").exists()):
+        raise UserError(f"{part} is there, and not of an interrupted packing: move it away")
     runs.lock_folder(part)
 
     source = hashlib.sha256(b"\n".join([*dataset.names.tolist(), str(size).encode()])).hexdigest()
     state = files.read_json(part / "state.json")
-    if state.get("source") != source:
+    if state.get("source") != source or not (part / "images.npy").exists():
         state = {"source": source, "read": 0, "corrupt": []}
+        files.write_json(part / "state.json", state)
     with open(part / "images.npy", "r+b" if state["read"] else "wb") as file:
         write_images(file, dataset, state, part / "state.json", workers)
         labels = np.delete(dataset.labels, state["corrupt"])
@@ -361,7 +366,7 @@ def pack(src, dst, size, workers=0):
     files.write_atomically(part / "labels.npy", lambda file: np.save(file, labels))
     files.write_json(part / "classes.json", dataset.classes)
     (part / "state.json").unlink()
-    (part / ".lock").unlink()
+    (part / runs.LOCK).unlink()
     part.rename(dst)
     return len(labels), [dataset.name(i) for i in state["corrupt"]]
 

@@ -158,7 +158,10 @@ def classify(folder):
     paths = data.list_images(folder)
     if not paths:
         raise UserError(f"{folder}: no images; run sample.py first")
-    images = np.stack([np.asarray(data.open_rgb(path)) for path in paths])
+    images = [np.asarray(data.open_rgb(path)) for path in paths]
+    if any(image.shape != (SIZE, SIZE, 3) for image in images):
+        raise UserError(f"{folder}: give the demo's samples, of {SIZE} x {SIZE} pixels")
+    images = np.stack(images)
     runs.say_start(torch.device("cpu"), "fp32", f"{folder}: {len(paths)} images")
     model, held_out = train_classifier()
     share, by_class = accuracy(model, images, np.arange(len(paths)) % len(CLASSES))

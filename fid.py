@@ -273,7 +273,8 @@ def open_npz(path):
         raise UserError(f"{path}: no folder of images and no whole .npz ({files.short_error(e)})") from e
     arrays = files.load_npz(path, STATISTICS)
     statistics = {key: array.item() if array.ndim == 0 else array for key, array in arrays.items()}
-    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3):
+    if images is not None and (images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3
+                               or 0 in images.shape):
         raise UserError(f"{path}: arr_0 is {images.dtype} {list(images.shape)}, not uint8 [N, H, W, 3]")
     if "mu" not in arrays or "sigma" not in arrays:
         if images is None:
@@ -284,7 +285,7 @@ def open_npz(path):
             raise UserError(f"{path}: {key} is not finite")
     sigma = arrays["sigma"]
     num = statistics.get("num", 2)
-    if sigma.ndim != 2 or (np.diagonal(sigma) < 0).any() or np.ndim(num) or num < 2:
+    if sigma.ndim != 2 or (np.diagonal(sigma) < 0).any() or np.ndim(num) or num < 2 or num != int(num):
         raise UserError(f"{path}: sigma or num is not that of a set of images")
     if not isinstance(statistics.get("protocol", ""), str):
         raise UserError(f"{path}: its protocol is not text")
@@ -303,7 +304,8 @@ def open_source(path, size=0, num=0):
         images = data.Packed(path).images
     elif os.path.isdir(path):
         images = data.list_images(path)
-        recorded = [name for name in files.read_record(path)["files"] if not name.startswith(files.OVERVIEW)]
+        recorded = [name for name in files.read_record(path).get("files", [])
+                    if not name.startswith(files.OVERVIEW)]
         if len(images) < len(recorded):
             warnings.warn(f"{path}: {len(images)} images, but its record says {len(recorded)}: its program "
                           f"was stopped, or images were removed")
@@ -548,6 +550,11 @@ def parse_args():
         help="write the numbers and what they were measured on")
     runs.add_bench_flag(parser)
     args = parser.parse_args()
+    for flag, path in (("--save-stats", args.save_stats), ("--json", args.json)):
+        for source in (args.samples, args.ref):
+            if path and source and os.path.exists(source) and runs.lies_in(path, source):
+                raise UserError(f"{flag} {path} would write into {source}, which is measured: give another "
+                                f"place")
     if args.paired and args.ref in (None, DEMO_REFERENCE):
         raise UserError("--paired needs --ref, the originals")
     if args.features and not args.ref and not args.save_stats:

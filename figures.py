@@ -40,6 +40,11 @@ def grid_image(images, columns, labels=None, title="", tile=None):
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd")
 
 
+def is_number(value):
+    """Whether a value of a log is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def loss_curve(entries, title):
     """Draw every *loss of a log against the step, on one labelled scale; None for fewer than two entries."""
     if len(entries) < 2:
@@ -53,7 +58,7 @@ def loss_curve(entries, title):
     draw.text((width - 40, height - 18), "step", fill="black", font=font)
     curves = {}
     for name in [key for key in entries[-1] if key.endswith("loss")]:
-        curves[name] = [(e["step"], e[name]) for e in entries if math.isfinite(e.get(name, math.nan))]
+        curves[name] = [(e["step"], e[name]) for e in entries if is_number(e.get(name))]
     values = [value for curve in curves.values() for _, value in curve] or [0.0]
     low = min(values)
     high = max(values)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shutil
 import struct
 import sys
 import warnings
@@ -47,9 +46,9 @@ def write_atomically(path, write, sync=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as e:
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-        if isinstance(e, RuntimeError) and shutil.disk_usage(path.parent).free < 2**20:
-            reason = "no space left on the disk"  # of which torch.save's error does not speak
+        reason = getattr(e, "strerror", None)
+        if reason is None:  # torch.save, of whose errors none names the cause
+            reason = f"no space left on the disk, or a limit on file sizes: {str(e).splitlines()[0]}"
         raise UserError(f"{path}: not written ({reason}): make room, or give another place; a previous file "
                         f"of that name is intact") from e
     finally:
@@ -133,7 +132,7 @@ def read_json(path):
     """Read a JSON object; {} if there is no such file or it holds something else."""
     try:
         value = json.loads(Path(path).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -148,12 +147,12 @@ def write_record(folder, settings, names):
 
 
 def read_record(folder):
-    """Return the settings (a dict) and files (a list) of an output folder; empty if it is none of ours."""
+    """Return the settings and files (a list) of an output folder; {} if it is none of ours."""
     record = read_json(Path(folder, RECORD))
-    files = record.get("files")
-    if record.get("program") == "SVG" and isinstance(files, list) and all(isinstance(f, str) for f in files):
-        return {"settings": record.get("settings"), "files": files}
-    return {"settings": {}, "files": []}
+    names = record.get("files")
+    if record.get("program") == "SVG" and isinstance(names, list) and all(isinstance(n, str) for n in names):
+        return {"settings": record.get("settings"), "files": names}
+    return {}
 
 
 # -- Weights -> module -------------------------------------------------------------------------------------
@@ -199,9 +198,9 @@ def is_plain(value):
 
 
 def check_tensors(weights, path):
-    """Raise UserError if one of the values of a state dict is no plain tensor."""
+    """Raise UserError if one of the values of a state dict is no plain tensor, or its name no text."""
     for key, value in weights.items():
-        if not is_plain(value):
+        if not (isinstance(key, str) and is_plain(value)):
             raise UserError(f"{path}: not a state dict: its {key} is no dense tensor of numbers, but "
                             f"{type(value).__name__}")
 
@@ -231,6 +230,18 @@ def strict_load(module, weights, path, what, recorded=None):
         raise UserError(f"{path}: its weights are not those that were saved (another fingerprint): the file "
                         f"is damaged or was changed; copy or download it again")
     module.load_state_dict(weights)
+
+
+def load_optimizer(optimizer, state, path):
+    """Load an optimiser's state; raises UserError if it is not that of its parameters."""
+    try:
+        optimizer.load_state_dict(state)
+        fits = all(of_p["exp_avg"].shape == p.shape for p, of_p in optimizer.state.items())
+        fits = fits and len(optimizer.state) > 0
+    except Exception as e:  # a damaged state fails in any way
+        raise UserError(f"{path}: a damaged optimiser's state ({short_error(e)})") from e
+    if not fits:
+        raise UserError(f"{path}: a damaged optimiser's state: it has other shapes than the parameters")
 
 
 # -- Layouts of published weights --------------------------------------------------------------------------
@@ -325,6 +336,7 @@ def authors_autoencoder_weights(weights, path, decode_only=False):
     Returns the encoder's weights and those of svg.Autoencoder; losses are dropped. decode_only: those of the
     decoder, which is all that a file needs to hold.
     """
+    check_tensors(weights, path)
     parts = {}
     for key, value in weights.items():
         part, _, rest = key.partition(".")
@@ -335,7 +347,6 @@ def authors_autoencoder_weights(weights, path, decode_only=False):
         hint = "; a decoder alone can only decode" if "decoder" in parts else ""
         raise UserError(f"{path}: not the authors' autoencoder: no {', '.join(missing)} among its "
                         f"{len(weights)} tensors{hint}")
-    check_tensors(weights, path)
     if decode_only:
         return {}, parts["decoder"]
     head = {k: v for k, v in parts["extra_vit"].items() if k.startswith("heads.")}
@@ -366,7 +377,7 @@ def authors_sit_weights(weights, path):
         for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
             if weights[key].shape[0] == 2 * channels:
                 weights[key] = weights[key][:channels]
-    except (KeyError, AttributeError, ValueError, IndexError):
+    except (KeyError, AttributeError, ValueError, IndexError, ZeroDivisionError):
         raise UserError(f"{path}: not a transformer checkpoint (of train_dit.py, or the authors')") from None
     config = {"model": size, "channels": channels, "num_classes": num_classes, "grid": grid}
     return config, weights, positions
@@ -375,7 +386,9 @@ def authors_sit_weights(weights, path):
 def load_latent_stats(path):
     """Load per-channel mean and std ([C], [C]) of the authors' file, or of an .npz with `mean` and `std`."""
     if str(path).endswith(".npz"):
-        stats = {k: torch.from_numpy(v) for k, v in load_npz(path).items()}
+        arrays = load_npz(path, ("mean", "std", "dinov3_sp_mean", "dinov3_sp_std"))
+        stats = {k: torch.from_numpy(v.astype(np.float64)) for k, v in arrays.items()
+                 if v.dtype.kind in "fiu"}
     else:
         stats = load_checkpoint(path)
     for mean, std in (("mean", "std"), ("dinov3_sp_mean", "dinov3_sp_std")):

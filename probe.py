@@ -599,6 +599,8 @@ def pixels(args, device):
                "patch_embed.proj.bias": torch.zeros(dim),
                "pos_embed": torch.zeros(1, 1, dim)}
     path = Path(args.out, "pixels.pt")
+    if path.exists():
+        svg.load_encoder(path)  # refuses to replace anything else
     path.parent.mkdir(parents=True, exist_ok=True)
     files.save_checkpoint(path, {"encoder": {"name": f"pixels{p}", "vit": vit, "model": weights}})
     print(path)
@@ -792,6 +794,11 @@ def main():
     device = runs.setup()
     if runs.world_size() > 1:
         raise UserError("probe.py runs as one process: start it without torchrun")
+    written = Path(args.out, args.probe)
+    ours = "settings" in files.read_json(f"{written}.json")
+    foreign = [path for path in (f"{written}.json", f"{written}.png") if os.path.exists(path) and not ours]
+    if foreign:
+        raise UserError(f"{foreign[0]} is there and not of this program: give another --out")
     runs.say_start(device, getattr(args, "precision", "fp32"), args.probe, f"writes {args.out}/")
     PROBES[args.probe](args, device)
 

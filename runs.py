@@ -139,7 +139,8 @@ def fetch_weights(name, weights_dir=None):
     return files.find_weights(name, weights_dir)  # the loader reports a file that is missing
 
 
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EISDIR,
+                errno.ENOTDIR, errno.EEXIST)
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)")
 
 
@@ -232,7 +233,12 @@ def positive(text):
 
 def not_negative(text):
     """Parse a whole number of at least 0 (an argparse type)."""
-    return 0 if text == "0" else positive(text)
+    if text == "0":
+        return 0
+    try:
+        return positive(text)
+    except argparse.ArgumentTypeError as e:
+        raise argparse.ArgumentTypeError(str(e).replace("from 1", "from 0")) from None
 
 
 def new_folder(text):
@@ -258,9 +264,10 @@ def new_file(text):
 
 def run_name(text):
     """Check the name of a folder below runs/ (an argparse type)."""
-    if text != Path(text).name or text.startswith("."):
+    if not text or text != Path(text).name or text.startswith("."):
         raise argparse.ArgumentTypeError(f"'{text}' is not a plain name: the run is runs/NAME")
-    return new_folder(text)
+    new_folder(Path("runs", text))
+    return text
 
 
 def add_output_flags(parser, out):
@@ -531,6 +538,7 @@ def progress(batches, what, total, count=len):
 
 # -- Folders that a program writes -------------------------------------------------------------------------
 
+LOCK = ".svg.lock"
 held_locks = {}  # folder: its open lock file
 
 
@@ -540,33 +548,53 @@ def lock_folder(folder):
     key = folder.resolve()
     if key in held_locks:
         return
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 (it stays open)
+    file = open(folder / LOCK, "ab+", buffering=0)  # noqa: SIM115 (it stays open)
     with contextlib.suppress(OSError):  # of a file system that has no locks
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a child process does not inherit it
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             file.close()
             raise UserError(f"{folder} is being written by {holder}: wait for it, stop it, or give another "
                             f"name") from None
     held_locks[key] = file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def is_locked(folder):
     """Whether another process is writing a folder."""
-    lock = Path(folder, ".lock")
-    if not os.access(lock, os.W_OK):
+    lock = Path(folder, LOCK)
+    if Path(folder).resolve() in held_locks or not os.access(lock, os.R_OK):  # closing it would end our own
         return False
-    with open(lock, "r+") as file:
+    with open(lock, "rb") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as e:
             return isinstance(e, (BlockingIOError, PermissionError))  # else: no locks there
     return False
+
+
+def lies_in(path, folder):
+    """Whether a path is a folder, or lies in it."""
+    path = Path(path).resolve()
+    return Path(folder).resolve() in (path, *path.parents)
+
+
+def check_owned(out, record):
+    """Raise UserError for a folder that holds anything that its record does not list, or a link."""
+    foreign = set(os.listdir(out)) - {LOCK} if out.exists() else set()
+    if record:
+        own = {*record["files"], files.RECORD}
+        paths = {str(path.relative_to(out)): path for path in out.rglob("*")}
+        foreign = {name for name, path in paths.items() if path.is_symlink() or (
+            path.is_file() and name not in own
+            and not any(part.startswith(".") for part in Path(name).parts))}
+    if foreign:
+        raise UserError(f"--out {out} holds {min(foreign)}, which is not of this program: give another "
+                        f"--out, or move it away")
 
 
 def claim_folder(args, settings, names, inputs=()):
@@ -580,26 +608,24 @@ def claim_folder(args, settings, names, inputs=()):
     out = Path(args.out)
     if rank() == 0:
         for path in inputs:
-            if out.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-                raise UserError(f"--out {out} holds the input {path}: give another --out")
+            if lies_in(path, out) or lies_in(out, path):
+                raise UserError(f"--out {out} and the input {path} hold one another: give another --out")
         before = files.read_record(out)
-        found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-        foreign = {name for name in found - set(before["files"]) - {files.RECORD}
-                   if not any(part.startswith(".") for part in Path(name).parts)}
-        if foreign:
-            raise UserError(f"--out {out} holds {min(foreign)}, which is not of this program: give another "
-                            f"--out, or move it away")
-        replace = args.overwrite or (args.out == args.default_out and len(before["files"]) <= 1001)
-        if before["files"] and before["settings"] != settings and not replace:
-            raise UserError(f"--out {out} already holds a different run of {len(before['files'])} files: "
-                            f"give another --out, or --overwrite")
+        check_owned(out, before)
+        written = before.get("files", [])
+        same = before.get("settings") == settings
+        few = args.out == args.default_out and len(written) <= 1001  # with the overview
+        if written and not (same or few or args.overwrite):
+            raise UserError(f"--out {out} already holds a different run of {len(written)} files: give "
+                            f"another --out, or --overwrite")
         lock_folder(out)
-        if before["settings"] != settings:
-            for name in found & set(before["files"]):
-                (out / name).unlink()
-            for folder in sorted((path for path in out.rglob("*") if path.is_dir()), reverse=True):
+        for name in () if same else written:
+            path = out / name
+            if lies_in(path.parent, out) and path.is_file():
+                path.unlink()
                 with contextlib.suppress(OSError):  # not empty
-                    folder.rmdir()
+                    path.parent.rmdir()
+        out.mkdir(exist_ok=True)
         files.write_record(out, settings, names)
     barrier()
 
@@ -621,8 +647,8 @@ def read_log(path):
     """Read the entries of a log.jsonl, without lines that a full disk has cut, or that are none of ours."""
     entries = []
     with contextlib.suppress(FileNotFoundError):
-        for line in Path(path).read_text().splitlines():
-            with contextlib.suppress(ValueError):
+        for line in Path(path).read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
                 entry = json.loads(line)
                 if isinstance(entry, dict) and isinstance(entry.get("step"), int):
                     entries.append(entry)
@@ -667,7 +693,7 @@ class Run:
         """Raise UserError if the folder holds another run or something else."""
         config_file = self.path / "config.json"
         ours = config_file.exists() or self.last.exists()
-        if not ours and self.path.exists() and set(os.listdir(self.path)) - {".lock"}:
+        if not ours and self.path.exists() and set(os.listdir(self.path)) - {LOCK}:
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
         if not (config_file.exists() and self.last.exists()):
             return
@@ -728,6 +754,8 @@ class Run:
             raise UserError(f"{self.last} is not of this stage")
         files.check_fields(checkpoint, {"step": int, "model": dict, "opt": dict, parent: dict, **more},
                            self.last)
+        if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
+            raise UserError(f"{self.last}: a damaged checkpoint: its step is {checkpoint['step']}")
         if checkpoint[parent].get("fingerprint") != self.facts["trained_on"]:
             raise UserError(f"{self.last} was trained on another {parent.split('_')[0]}")
 
@@ -827,7 +855,7 @@ class Run:
                 with open(self.last, "rb") as last:
                     files.write_atomically(numbered, functools.partial(shutil.copyfileobj, last))
             old = [path for path in sorted(self.path.glob("[0-9]*.pt"))
-                   if int(path.stem) % self.args.milestone_every]
+                   if path.stem.isdecimal() and int(path.stem) % self.args.milestone_every]
             for path in old[:-self.args.keep]:
                 path.unlink()
             curve = figures.loss_curve(read_log(self.path / "log.jsonl"), f"{self.path}: loss by step")
@@ -835,9 +863,9 @@ class Run:
                 files.save_image(self.path / "loss.png", curve)
         barrier()
 
-    def end(self, step):
-        """Say how the run ended, and how to resume it."""
-        if step >= self.args.steps:
+    def end(self, step, whole=True):
+        """Say how the run ended, and how to resume it; whole: whether the last save holds all it should."""
+        if step >= self.args.steps and whole:
             say(f"done: {self.last}")
             return
         name = signal.Signals(self.signal).name if self.signal else "a signal to another process"

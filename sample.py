@@ -123,7 +123,9 @@ def model_record(sit, ae, args):
     """Return what decides the pictures besides a command's own flags, for the record beside them."""
     return {"step": sit.meta.get("step"),
             "transformer": sit.meta.get("fingerprint") or files.fingerprint(sit.state_dict()),
-            "autoencoder": ae.fingerprint, "precision": args.precision, **flow_settings(args)}
+            "autoencoder": ae.fingerprint,
+            "statistics": files.fingerprint({"mean": ae.latent_mean, "std": ae.latent_std}),
+            "precision": args.precision, **flow_settings(args)}
 
 
 # -- Sampling ----------------------------------------------------------------------------------------------
@@ -228,6 +230,8 @@ def main():
     sit, ae, path = find_models(args, device)
     numbers = class_numbers(args.classes, sit)
     out = Path(args.out)
+    if args.npz and runs.lies_in(args.npz, out):
+        raise UserError(f"--npz {args.npz} lies in --out {out}: give another place")
     asked = {"num": args.num, "classes": args.classes, "labels": args.labels, "seed": args.seed}
     names = [f"{i:06d}.png" for i in range(args.num)]
     overview = f"{files.OVERVIEW}/samples.png"

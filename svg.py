@@ -298,8 +298,11 @@ def encoder_from_weights(weights, path, name=None):
         if isinstance(weights.get("model"), dict):  # MAE
             weights = weights["model"]
         files.check_tensors(weights, path)
-        weights = files.to_official_names(weights)
-        name = name or files.detect_architecture(weights, ENCODERS, path)
+        try:
+            weights = files.to_official_names(weights)
+            name = name or files.detect_architecture(weights, ENCODERS, path)
+        except (KeyError, IndexError, RuntimeError, ValueError) as e:  # tensors of odd shapes
+            raise UserError(f"{path}: not the weights of an encoder ({files.short_error(e)})") from e
         if name not in ENCODERS:
             raise UserError(f"{name}: no such encoder; known: {', '.join(ENCODERS)}")
         config = ENCODERS[name]
@@ -577,7 +580,8 @@ class Autoencoder(nn.Module):
 
     def set_alignment(self, statistics):
         """Set the alignment statistics [4]: mean and std of the features, then of the residual."""
-        if statistics.shape != self.alignment.shape or not statistics.isfinite().all():
+        if not (isinstance(statistics, torch.Tensor) and statistics.shape == self.alignment.shape
+                and statistics.isfinite().all()):
             raise UserError("alignment statistics are not four finite numbers")
         self.alignment.copy_(statistics)
         self.alignment_batches.fill_(1)
@@ -791,6 +795,7 @@ def load_sit(path, ema=True):
     if checkpoint.get("kind") == "sit":
         files.check_fields(checkpoint, {"config": dict, key: dict}, path)
         config = checkpoint["config"]
+        files.check_fields(config, {"model": dict, "channels": int, "num_classes": int, "grid": int}, path)
         weights = checkpoint[key]
         meta = {k: v for k, v in checkpoint.items() if k in META}
         files.check_fields(meta, {k: META[k] for k in meta}, path)

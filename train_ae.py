@@ -290,8 +290,9 @@ def main():
         files.strict_load(model, checkpoint["model"], run.last, "the same autoencoder",
                           checkpoint["fingerprint"])
         files.strict_load(disc, checkpoint["disc"], run.last, "the discriminator")
-        opt.load_state_dict(checkpoint["opt"])
-        opt_disc.load_state_dict(checkpoint["opt_disc"])
+        files.load_optimizer(opt, checkpoint["opt"], run.last)
+        if checkpoint["opt_disc"].get("state"):  # empty until the GAN loss starts
+            files.load_optimizer(opt_disc, checkpoint["opt_disc"], run.last)
         for group in (*opt.param_groups, *opt_disc.param_groups):
             group["lr"] = args.lr
     centred = copy.copy(dataset)
@@ -300,8 +301,26 @@ def main():
     preview = data.to_float(torch.from_numpy(preview), device)
     batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
 
+    def save(stop):
+        """Measure the statistics, unless a signal came or comes, and save; return whether to stop."""
+        running = model.alignment.clone()
+        if not stop:
+            some_images = data.spread_batches(centred, args.stats_images, local_batch, args.workers, device)
+            with runs.autocast(device, args.precision):
+                model.measure_statistics(run.until_signal(some_images))
+            model.train()
+            stop = run.stopped()
+        if stop:  # seconds may be left; stage 2, or the same command, measures what is missing
+            model.alignment.copy_(running)
+            model.latent_mean.zero_()
+        run.save({**model.to_checkpoint(), "step": step, "disc": disc.state_dict(),
+                  "opt": opt.state_dict(), "opt_disc": opt_disc.state_dict()})
+        return stop
+
     # Train.
     stop = run.begin()
+    if step >= args.steps and not model.measured:  # the last save was broken off
+        stop = save(stop)
     while step < args.steps and not stop:
         images, _, corrupt = next(batches)
         run.report_corrupt(dataset, corrupt)
@@ -321,18 +340,8 @@ def main():
 
         # Save.
         if step % args.save_every == 0 or step == args.steps or stop:
-            if not stop:
-                some_images = data.spread_batches(centred, args.stats_images, local_batch, args.workers,
-                                                  device)
-                with runs.autocast(device, args.precision):
-                    model.measure_statistics(run.until_signal(some_images))
-                model.train()
-                stop = run.stopped()
-            if stop:  # seconds may be left; stage 2 measures what is missing
-                model.latent_mean.zero_()
-            run.save({**model.to_checkpoint(), "step": step, "disc": disc.state_dict(),
-                      "opt": opt.state_dict(), "opt_disc": opt_disc.state_dict()})
-    run.end(step)
+            stop = save(stop)
+    run.end(step, model.measured)
 
 
 if __name__ == "__main__":

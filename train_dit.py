@@ -37,7 +37,7 @@ def parse_args():
     add("--label-dropout", type=runs.number(0, 1), default=0.1, help="share of images trained without class")
     add("--ema-decay", type=runs.number(0, 1), default=0.9999, help="decay of the averaged weights per step")
     add("--preview-steps", type=runs.positive, default=10, help="Euler steps of the preview samples")
-    add("--preview-guidance", type=runs.number(), default=4.0, help="guidance of the preview samples")
+    add("--preview-guidance", type=runs.number(0, 1000), default=4.0, help="guidance of the preview samples")
     return parser.parse_args()
 
 
@@ -78,10 +78,11 @@ def open_autoencoder(args):
 def say_autoencoder(ae, path):
     """Say which autoencoder is taken, at which of its training steps; warn of one that is not finished."""
     folder = Path(path).parent
-    steps = files.read_json(folder / "config.json").get("steps", ae.step)
+    config = files.read_json(folder / "config.json")
+    steps = config.get("steps") if config.get("stage") == "ae" else ae.step
     at = f" at step {ae.step} of {steps}" if ae.step else ""
     runs.say(f"autoencoder {path}{at}, fingerprint {ae.fingerprint[:12]}")
-    training = runs.is_locked(folder)
+    training = runs.rank() == 0 and runs.is_locked(folder)
     if runs.rank() == 0 and (training or steps != ae.step):
         state = "still being trained" if training else "not trained to its end"
         warnings.warn(f"{path} is {state}: this run takes its weights of now")
@@ -165,7 +166,7 @@ def main():
         files.strict_load(model, checkpoint["model"], run.last, "the same transformer")
         files.strict_load(ema, checkpoint["ema"], run.last, "the same transformer",
                           checkpoint.get("fingerprint"))
-        opt.load_state_dict(checkpoint["opt"])
+        files.load_optimizer(opt, checkpoint["opt"], run.last)
         opt.param_groups[0]["lr"] = args.lr
         ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
         if "alignment" in checkpoint:

@@ -111,7 +111,7 @@ class Editing(Case):
         ok("edit redraw in/0.png --box 8,8,28,28 --class star --steps 5")
         differ = pictures("edit").astype(int) - pictures("outside")
         self.assertGreater(np.abs(differ).mean(), 5)
-        self.assertEqual(sorted(os.listdir("edit")), [".lock", "0.png", "overview", "record.json"])
+        self.assertEqual(sorted(os.listdir("edit")), [".svg.lock", "0.png", "overview", "record.json"])
         self.assertEqual(data.open_rgb("edit/0.png").size, (32, 32))
         self.assertEqual(os.listdir("edit/overview"), ["0.png"])
         self.assertEqual(set(os.listdir()), {"in", "edit", "outside"})

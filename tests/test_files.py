@@ -28,10 +28,8 @@ class Files(Case):
         def torch_says(checkpoint, file):
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
-        with mock.patch("torch.save", torch_says), mock.patch("shutil.disk_usage") as usage:
-            usage.return_value.free = 4096
-            with self.assertRaisesRegex(UserError, "no space left on the disk"):
-                svg.save_checkpoint("last.pt", {})
+        with mock.patch("torch.save", torch_says), self.assertRaisesRegex(UserError, "no space left"):
+            svg.save_checkpoint("last.pt", {})
 
     def test_pictures_appear_whole_or_not_at_all(self):
         with mock.patch("PIL.Image.Image.save", lambda _, file, kind: file.write(b"half") / 0), \

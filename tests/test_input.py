@@ -151,9 +151,18 @@ DO_NOT_BELONG_TOGETHER = [
     # What a user has is never removed.
     ("sample --steps 2 --out album --overwrite", "album holds", "not of this program"),
     ("sample --steps 2 --num 2 --out ours --overwrite", "ours holds mine.png", "not of this program"),
-    ("edit reconstruct good --out good --overwrite", "--out good", "holds the input good"),
-    ("edit reconstruct good/a --out good --overwrite", "--out good", "holds the input good/a"),
-    ("edit redraw good/a/0.png --box 0,0,9,9 --class 1 --out good", "holds the input good/a/0.png"),
+    ("edit reconstruct good --out good --overwrite", "--out good", "the input good"),
+    ("edit reconstruct good/a --out good --overwrite", "--out good", "the input good/a"),
+    ("edit reconstruct good --out good/new", "--out good/new", "the input good"),
+    ("edit redraw good/a/0.png --box 0,0,9,9 --class 1 --out good", "the input good/a/0.png"),
+    ("sample --steps 2 --out repository", "repository holds .git"),
+    ("sample --steps 2 --out linked --overwrite", "linked holds overview"),
+    ("sample --steps 2 --out new --npz new/x.npz", "no such folder"),
+    ("data pack good foreign", "foreign.part", "interrupted packing"),
+    ("fid shapes.npz --demo --ref good --save-stats shapes.npz", "--save-stats shapes.npz", "measured"),
+    ("fid good --demo --json good/x.json", "--json good/x.json", "measured"),
+    ("probe toy --out theirs", "theirs/toy.png", "not of this program"),
+    ("probe pixels --out theirs", "theirs/pixels.pt"),
 ]
 
 
@@ -204,6 +213,14 @@ class BadInput(Case):
         write_pictures("album", 1)
         Path("album/record.json").write_text('{"files": ["0.png"]}')
         Path("album.json").write_text("{}")
+        for folder in ("repository/.git/refs", "linked", "theirs", "foreign.part"):
+            os.makedirs(folder)
+        os.symlink("../good", "linked/overview")
+        files.write_record(Path("linked"), {"steps": 3}, ["000000.png", "overview/samples.png"])
+        Path("theirs/toy.png").write_text("precious")
+        Path("theirs/pixels.pt").write_text("precious")
+        Path("foreign.part/images.npy").write_text("precious")
+        np.savez("shapes.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
         write_pictures("ours", 1)
         os.rename("ours/0.png", "ours/mine.png")
         files.write_record(Path("ours"), {"steps": 3}, ["000000.png", "../album/0.png"])
@@ -219,7 +236,7 @@ class BadInput(Case):
             whole = files.load_checkpoint(f"runs/{run}/last.pt")
             whole = {key: value for key, value in whole.items() if key not in ("opt", "opt_disc", "disc")}
             damaged = {f"{field}-3": {field: 3} for field in fields}
-            damaged["config"] = {"config": {"model": 3}}
+            damaged["config"] = {"config": {"model": {}, "channels": 72, "num_classes": 10, "grid": 4}}
             damaged["classes"] = {"classes": ["one"]}
             damaged["autoencoder"] = {"autoencoder": {}}
             key = next(key for key, value in whole[weights].items() if value.ndim == 2)

@@ -79,11 +79,11 @@ class Commands(Case):
         shutil.copytree(trained() / "runs", "runs")
         for name, also in (("demo-ae", {"0000002.pt", "0000004.pt", "preview-0000004.png"}),
                            ("demo-dit", {"0000006.pt", "preview-0000006.png"})):
-            documented = {".lock", "config.json", "log.jsonl", "loss.png", "last.pt"}
+            documented = {".svg.lock", "config.json", "log.jsonl", "loss.png", "last.pt"}
             self.assertEqual(set(os.listdir(f"runs/{name}")), documented | also)
         shell("sample --demo --steps 2 --num 12 --classes star 0 --npz images.npz")
         self.assertEqual(set(os.listdir()), {"images.npz", "runs", "samples"})
-        self.assertEqual(sorted(os.listdir("samples")), [".lock", *(f"{i:06d}.png" for i in range(12)),
+        self.assertEqual(sorted(os.listdir("samples")), [".svg.lock", *(f"{i:06d}.png" for i in range(12)),
                                                          "overview", "record.json"])
         self.assertEqual(os.listdir("samples/overview"), ["samples.png"])
         np.testing.assert_array_equal(files.load_npz("images.npz")["arr_0"], pictures("samples"))
@@ -271,6 +271,38 @@ runs.run_main(train_dit.main)
                 self.assertGreaterEqual(checkpoint["step"], last)
                 last = checkpoint["step"]
         self.assertGreater(last, 12)
+
+    def test_a_last_save_that_was_broken_off_is_made_good(self):
+        real = runs.Run.until_signal
+
+        def broken_off(run, batches):
+            os.kill(os.getpid(), signal.SIGINT)
+            return real(run, batches)
+
+        with mock.patch("runs.Run.until_signal", broken_off):
+            self.assertIn("SIGINT: stopped after step 2", ok(MINI_AE + " --name new --steps 2"))
+        self.assertFalse(svg.load_autoencoder("runs/new/last.pt").measured)
+        self.assertIn("done", ok(MINI_AE + " --name new --steps 2"))
+        ok(MINI_AE + " --name whole --steps 2")
+        self.assert_same(*(svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("new", "whole")))
+
+    def test_a_damaged_optimiser_or_log_ends_in_a_line_or_not_at_all(self):
+        command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --name new --steps"
+        ok(command, 2)
+        last = torch.load("runs/new/last.pt", weights_only=True)
+        Path("runs/new/0notes.pt").touch()
+        with open("runs/new/log.jsonl", "ab") as f:
+            f.write(b'{"step": 1, "loss": "x"}\n[]\n\xff\n' + b"[" * 100_000 + b"\n")
+        state = last["opt"]["state"]
+        small = {**state, 0: {**state[0], "exp_avg": torch.zeros(1)}}
+        for damage in ({"opt": {}}, {"opt": {**last["opt"], "state": {}}}, {"step": -5}, {"alignment": "x"},
+                       {"opt": {**last["opt"], "state": small}}):
+            torch.save({**last, **damage}, "runs/new/last.pt")
+            code, _, err = run(command, 3)
+            self.assertEqual((code, err.count("\n")), (2, 1), err)
+            self.assertRegex(err, "runs/new/last.pt|alignment statistics")
+        torch.save(last, "runs/new/last.pt")
+        ok(command, 3)
 
     def test_a_run_has_one_writer_and_a_killed_one_blocks_nobody(self):
         ae = f" --ae {trained()}/runs/demo-ae/last.pt"
