@@ -94,7 +94,9 @@ def reconstruct(args, device):
 
 
 def check_alignment(ae, path, args):
-    """Raise UserError if the autoencoder cannot encode with running alignment statistics."""
+    """Raise UserError if the autoencoder cannot encode with the alignment statistics that are asked for."""
+    if args.align and isinstance(ae, svg.VAE):
+        raise UserError(f"--align {args.align} does nothing for {path}, a VAE: leave it out")
     if args.align != "batch" and not ae.aligned:
         raise UserError(f"{path} has no running alignment statistics (the authors' file has none): give "
                         f"--align batch")

@@ -330,6 +330,11 @@ def detect_architecture(weights, known, path):
     raise UserError(f"{path}: a ViT with {found} is none of {', '.join(known)}")
 
 
+def is_features_alone(weights):
+    """Whether the authors' decoder takes DINO's 384 channels alone: "P" of their later SVG-T2I."""
+    return getattr(weights.get("decoder.conv_in.weight"), "shape", ())[1:2] == (384,)
+
+
 def authors_autoencoder_weights(weights, path, decode_only=False):
     """Convert the SVG authors' autoencoder: encoder.*, extra_vit.* (torchvision's), mask_token, decoder.*.
 
@@ -341,7 +346,9 @@ def authors_autoencoder_weights(weights, path, decode_only=False):
     for key, value in weights.items():
         part, _, rest = key.partition(".")
         parts.setdefault(part, {})[rest] = value
-    needed = ("decoder",) if decode_only else ("encoder", "extra_vit", "decoder")
+    needed = ["decoder"] if decode_only else ["encoder", "extra_vit", "decoder"]
+    if is_features_alone(weights) and not decode_only:
+        needed.remove("extra_vit")
     missing = [f"{part}.*" for part in needed if part not in parts]
     if missing:
         hint = "; a decoder alone can only decode" if "decoder" in parts else ""
@@ -349,8 +356,9 @@ def authors_autoencoder_weights(weights, path, decode_only=False):
                         f"{len(weights)} tensors{hint}")
     if decode_only:
         return {}, parts["decoder"]
-    head = {k: v for k, v in parts["extra_vit"].items() if k.startswith("heads.")}
-    body = {k: v for k, v in parts["extra_vit"].items() if k not in head}
+    residual = parts.get("extra_vit", {})
+    head = {k: v for k, v in residual.items() if k.startswith("heads.")}
+    body = {k: v for k, v in residual.items() if k not in head}
     own = {
         **{f"residual.{k}": v for k, v in to_official_names(body).items()},
         **{f"residual_head.{k.removeprefix('heads.')}": v for k, v in head.items()},
@@ -358,6 +366,79 @@ def authors_autoencoder_weights(weights, path, decode_only=False):
     if "mask_token" in parts:  # strict_load names it if it is missing
         own["mask_token"] = weights["mask_token"].flatten()
     return parts["encoder"], own
+
+
+# Key names of diffusers' AutoencoderKL, old and new -> LDM's.
+VAE_RENAMES = [(re.compile(pattern), name) for pattern, name in [
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.(down|up)_blocks\.", r".\1."),
+    (r"\.resnets\.", ".block."),
+    (r"\.attentions\.", ".attn."),
+    (r"\.(down|up)samplers\.0\.", r".\1sample."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.(conv|group)_norm", ".norm"),
+    (r"\.(to_)?(q|k|v)(uery|ey|alue)?\.", r".\2."),
+    (r"\.(to_out\.0|proj_attn)\.", ".proj_out."),
+]]
+# What training alone used: losses, the averages' own copies, VA-VAE's foundation model and its projection.
+VAE_UNUSED = re.compile(r"(loss|model_ema|foundation_model|linear_proj\w*)\.")
+
+
+def is_vae(weights):
+    """Whether names are those of an LDM autoencoder, whole or a part, in LDM's or diffusers' layout."""
+    return (isinstance(weights, dict) and all(isinstance(key, str) for key in weights)
+            and any(re.match(r"(post_)?quant_conv\.|encoder\.conv_in\.", key) for key in weights))
+
+
+def vae_weights(weights, path):
+    """Convert an LDM autoencoder of LDM's or diffusers' layout: svg.VAE's arguments and its weights.
+
+    The arguments follow from the shapes; what training alone used is dropped.
+    """
+    out = {}
+    levels = len({key.split(".")[2] for key in weights if key.startswith("decoder.up_blocks.")})
+    for key, value in weights.items():
+        if VAE_UNUSED.match(key):
+            continue
+        # Diffusers counts the decoder's levels from the lowest resolution, LDM from the highest.
+        name = re.sub(r"\.up_blocks\.(\d+)", lambda match: f".up.{levels - 1 - int(match[1])}", key)
+        for pattern, ldm_name in VAE_RENAMES:
+            name = pattern.sub(ldm_name, name)
+        if name in out:
+            raise UserError(f"{path}: a VAE in LDM's and in diffusers' layout at once: {name} is there twice")
+        if getattr(value, "ndim", 0) == 2:  # diffusers' attention has linear layers
+            value = value[:, :, None, None]
+        out[name] = value
+    try:
+        ch = out["encoder.conv_in.weight"].shape[0]
+        z_channels = out["decoder.conv_in.weight"].shape[1]
+        levels = len({key.split(".")[2] for key in out if key.startswith("decoder.up.")})
+        widths = [out[f"decoder.up.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+    except (KeyError, AttributeError, IndexError) as e:
+        raise UserError(f"{path}: part of a VAE of LDM's or diffusers' layout ({short_error(e)})") from None
+    attention = any(key.startswith(f"encoder.down.{levels - 1}.attn.") for key in out)
+    return {"z_channels": z_channels, "ch": ch, "ch_mult": [width // ch for width in widths],
+            "attention": attention}, out
+
+
+CONTENTS = {  # what a word in the names of weights says about them; the first that is there counts
+    "model.diffusion_model.": "a whole Stable Diffusion checkpoint, whose VAE must be a file of its own",
+    "adaLN_modulation": "a diffusion transformer",
+    "patch_embed": "a vision transformer",
+    "decoder.": "part of an autoencoder",
+}
+
+
+def describe_weights(checkpoint):
+    """Say what a checkpoint seems to be, by its names and those of the dicts in it."""
+    inner = [value for value in checkpoint.values() if isinstance(value, dict)]
+    names = [str(name) for part in (checkpoint, *inner) for name in part]
+    for word, what in CONTENTS.items():
+        if any(word in name for name in names):
+            return what
+    return f"no weights known here ({', '.join(names[:3])}, ...)"
 
 
 def authors_sit_weights(weights, path):

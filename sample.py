@@ -89,12 +89,10 @@ def find_models(args, device, decode_only=True):
     if trained_on and trained_on["fingerprint"] != ae.fingerprint and not args.any_ae:
         raise UserError(f"{path} was not trained on the autoencoder {ae_path}: name the right one by --ae, "
                         f"or insist by --any-ae")
-    if "alignment" in sit.meta:  # of the authors' autoencoder, which has none, it was measured in training
-        ae.set_alignment(sit.meta["alignment"])
+    if "latent_mean" in sit.meta and "latent_std" in sit.meta:
+        ae.load_statistics(sit.meta)
     if args.latent_stats:
         ae.set_latent_stats(*files.load_latent_stats(args.latent_stats))
-    elif "latent_mean" in sit.meta and "latent_std" in sit.meta:
-        ae.set_latent_stats(sit.meta["latent_mean"], sit.meta["latent_std"])
     elif not ae.measured:
         raise UserError(f"neither {path} nor {ae_path} holds the latents' mean and std: name them by "
                         f"--latent-stats (the authors' dinov3_sp_stats.pt)")

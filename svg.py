@@ -384,19 +384,28 @@ def run_block(block, *inputs, recompute=False):
     return block(*inputs)
 
 
+def middle(c):
+    """Return two blocks and the attention between them, what both halves have at the lowest resolution."""
+    mid = nn.Module()
+    mid.block_1 = ResnetBlock(c, c)
+    mid.block_2 = ResnetBlock(c, c)
+    mid.attn_1 = AttnBlock(c)
+    return mid
+
+
 class Decoder(nn.Module):
-    """[B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest resolution only."""
+    """[B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest resolution only.
+
+    attention: False leaves it to the middle alone, as in SD-VAE.
+    """
     recompute = False
 
-    def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=3):
+    def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=3, attention=True):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         c = widths[-1]
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(c, c)
-        self.mid.block_2 = ResnetBlock(c, c)
-        self.mid.attn_1 = AttnBlock(c)
+        self.mid = middle(c)
         self.up = nn.ModuleList()  # level 0 is the full resolution; decoding starts at the last level
         for level in reversed(range(len(widths))):
             up = nn.Module()
@@ -404,8 +413,8 @@ class Decoder(nn.Module):
             for _ in range(blocks):
                 up.block.append(ResnetBlock(c, widths[level]))
                 c = widths[level]
-            lowest = level == len(widths) - 1
-            up.attn = nn.ModuleList(AttnBlock(c) for _ in range(blocks if lowest else 0))
+            attentive = attention and level == len(widths) - 1
+            up.attn = nn.ModuleList(AttnBlock(c) for _ in range(blocks if attentive else 0))
             if level > 0:
                 up.upsample = nn.Module()
                 up.upsample.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -433,7 +442,63 @@ class Decoder(nn.Module):
 
 # -- The autoencoder: image <-> latent ---------------------------------------------------------------------
 
-class Autoencoder(nn.Module):
+class LatentStatistics(nn.Module):
+    """The mean and std [C] of an autoencoder's latents, its buffers latent_mean and latent_std."""
+    fingerprint = None  # of the file it came from
+    step = None  # of training, when that was saved
+
+    def statistics(self):
+        """Return what a transformer's checkpoint keeps of the autoencoder, to go on and to sample."""
+        return {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
+
+    def load_statistics(self, recorded):
+        """Set what statistics() returned."""
+        self.set_latent_stats(recorded["latent_mean"], recorded["latent_std"])
+
+    def normalize(self, latents):
+        """Give latents zero mean and unit variance per channel: what the transformer sees."""
+        return (latents - self.latent_mean) / self.latent_std
+
+    def denormalize(self, latents):
+        """Convert the transformer's latents to those that `decode` takes."""
+        return latents * self.latent_std + self.latent_mean
+
+    @property
+    def measured(self):
+        """Whether the latents' mean and std are known (the authors' checkpoint has none)."""
+        return bool((self.latent_mean != 0).any())
+
+    def set_latent_stats(self, mean, std):
+        """Set the latents' per-channel mean and std [C], for instance to the authors' published ones."""
+        if not mean.shape == std.shape == self.latent_mean.shape:
+            raise UserError(f"latent statistics of {mean.numel()} channels do not fit latents of "
+                            f"{self.channels}")
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise UserError("latent statistics are not finite, or a standard deviation is not above 0")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    @torch.no_grad()
+    def measure_moments(self, batches):
+        """Return mean and std [C] of the latents, not aligned, of images on all ranks; ends in eval.
+
+        In float64, of all images together, so that they do not depend on the batches.
+        """
+        self.eval()
+        sums = torch.zeros(2 * self.channels + 1, dtype=torch.float64)
+        for images in batches:
+            latents = self.encode(images, align="none").flatten(0, 1).cpu().double()
+            sums += torch.cat([latents.sum(0), latents.square().sum(0), torch.tensor([len(latents)])])
+        sums = all_reduce(sums)
+        mean, square = (sums[:-1] / sums[-1]).view(2, -1)
+        return mean, (square - mean.square()).clamp(min=1e-12).sqrt()
+
+    def measure_statistics(self, batches):
+        """Set the latents' mean and std from batches of images on all ranks; ends in eval."""
+        self.set_latent_stats(*self.measure_moments(batches))
+
+
+class Autoencoder(LatentStatistics):
     """Frozen encoder + residual encoder -> aligned latent [B, N, C]; decoder -> image.
 
     encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). image_size: pixels;
@@ -475,8 +540,6 @@ class Autoencoder(nn.Module):
         self.register_buffer("alignment_batches", torch.tensor(0))
         self.register_buffer("latent_mean", torch.zeros(self.channels))
         self.register_buffer("latent_std", torch.ones(self.channels))
-        self.fingerprint = None  # of the checkpoint it came from
-        self.step = None  # of training, when that was saved
         self._aligned = residual_channels == 0 or align == "none"
         self.to(memory_format=torch.channels_last)
 
@@ -549,34 +612,19 @@ class Autoencoder(nn.Module):
         grid = [n // self.ratio for n in images.shape[-2:]]
         return self.decode(self.encode(images, masked=masked), grid)
 
-    def normalize(self, latents):
-        """Give latents zero mean and unit variance per channel: what the transformer sees."""
-        return (latents - self.latent_mean) / self.latent_std
-
-    def denormalize(self, latents):
-        """Convert the transformer's latents to those that `decode` takes."""
-        return latents * self.latent_std + self.latent_mean
-
     @property
     def aligned(self):
         """Whether running alignment statistics are known, or not needed; asks the device only until then."""
         self._aligned = self._aligned or bool(self.alignment_batches > 0)
         return self._aligned
 
-    @property
-    def measured(self):
-        """Whether the latents' mean and std are known (the authors' checkpoint has none)."""
-        return bool((self.latent_mean != 0).any())
+    def statistics(self):
+        return {**super().statistics(), "alignment": self.alignment}
 
-    def set_latent_stats(self, mean, std):
-        """Set the latents' per-channel mean and std [C], for instance to the authors' published ones."""
-        if not mean.shape == std.shape == self.latent_mean.shape:
-            raise UserError(f"latent statistics of {mean.numel()} channels do not fit latents of "
-                            f"{self.channels}")
-        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-            raise UserError("latent statistics are not finite, or a standard deviation is not above 0")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
+    def load_statistics(self, recorded):
+        super().load_statistics(recorded)
+        if "alignment" in recorded:
+            self.set_alignment(recorded["alignment"])
 
     def set_alignment(self, statistics):
         """Set the alignment statistics [4]: mean and std of the features, then of the residual."""
@@ -586,21 +634,12 @@ class Autoencoder(nn.Module):
         self.alignment.copy_(statistics)
         self.alignment_batches.fill_(1)
 
-    @torch.no_grad()
     def measure_statistics(self, batches):
         """Set the alignment statistics and the latents' mean and std, from images on all ranks; ends in eval.
 
-        Moments of each channel, in float64, over all images together. So they do not depend on the batches
-        and, unlike the running averages of training, which have dropout in them, are exactly those of eval.
+        Unlike the running averages of training, which have dropout in them, they are exactly those of eval.
         """
-        self.eval()
-        sums = torch.zeros(2 * self.channels + 1, dtype=torch.float64)
-        for images in batches:
-            latents = self.encode(images, align="none").flatten(0, 1).cpu().double()
-            sums += torch.cat([latents.sum(0), latents.square().sum(0), torch.tensor([len(latents)])])
-        sums = all_reduce(sums)
-        mean, square = (sums[:-1] / sums[-1]).view(2, -1)
-        std = (square - mean.square()).clamp(min=1e-12).sqrt()
+        mean, std = self.measure_moments(batches)
         if self.config["residual_channels"] and self.config["align"] != "none":
             features = slice(self.feature_channels)
             residual = slice(self.feature_channels, None)
@@ -618,18 +657,116 @@ class Autoencoder(nn.Module):
                 "fingerprint": files.fingerprint(self.state_dict()), "encoder_file": encoder}
 
 
+# -- The paper's baselines: VAEs of latent diffusion (LDM) --------------------------------------------------
+
+class VAEEncoder(nn.Module):
+    """RGB [B, 3, H, W] -> [B, 2z, H/f, W/f] with f = 2^(levels-1): the Decoder's counterpart."""
+
+    def __init__(self, z_channels, ch, ch_mult, attention):
+        super().__init__()
+        c = ch
+        self.conv_in = nn.Conv2d(3, c, 3, padding=1)
+        self.down = nn.ModuleList()  # level 0 is the full resolution
+        for level, factor in enumerate(ch_mult):
+            lowest = level == len(ch_mult) - 1
+            down = nn.Module()
+            down.block = nn.ModuleList([ResnetBlock(c, ch * factor), ResnetBlock(ch * factor, ch * factor)])
+            c = ch * factor
+            down.attn = nn.ModuleList(AttnBlock(c) for _ in range(2 if attention and lowest else 0))
+            if not lowest:
+                down.downsample = nn.Module()
+                down.downsample.conv = nn.Conv2d(c, c, 3, stride=2)
+            self.down.append(down)
+        self.mid = middle(c)
+        self.norm_out = group_norm(c)
+        self.conv_out = nn.Conv2d(c, 2 * z_channels, 3, padding=1)
+
+    def forward(self, images):
+        h = self.conv_in(images)
+        for down in self.down:
+            for i, block in enumerate(down.block):
+                h = block(h)
+                if len(down.attn):
+                    h = down.attn[i](h)
+            if hasattr(down, "downsample"):
+                h = down.downsample.conv(F.pad(h, (0, 1, 0, 1)))  # one pixel on the right and below
+        h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class VAE(LatentStatistics):
+    """SD-VAE (f8d4), VA-VAE (f16d32) and their like, used as an Autoencoder is; LDM's parameter names.
+
+    A token stands for 16 x 16 pixels: 2 x 2 cells of an f8 map (SiT's patch size 2), one of an f16 map. Its
+    channels are in the order of pixel_unshuffle: map channel by map channel, each row by row. ch, ch_mult,
+    attention: as Decoder's. Statistics, reconstructions and probes are of the posterior's mean.
+    """
+
+    def __init__(self, z_channels, ch, ch_mult, attention, image_size=256):
+        super().__init__()
+        factor = 2 ** (len(ch_mult) - 1)
+        self.patch = max(1, 16 // factor)  # cells per token and side
+        self.ratio = factor * self.patch  # pixels per token and side
+        self.image_size = image_size
+        self.grid = image_size // self.ratio
+        self.channels = z_channels * self.patch ** 2
+        self.feature_channels = self.channels  # all come from the encoder, there is no residual
+        self.aligned = True  # nothing to align
+        self.encoder = VAEEncoder(z_channels, ch, ch_mult, attention)
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 1)
+        self.decoder = Decoder(z_channels, ch, ch_mult, attention=attention)
+        self.register_buffer("latent_mean", torch.zeros(self.channels))
+        self.register_buffer("latent_std", torch.ones(self.channels))
+        self.to(memory_format=torch.channels_last)
+
+    def posterior(self, images):
+        """Return mean and log-variance [B, N, C] of the latents of images [B, 3, H, W]."""
+        moments = self.quant_conv(self.encoder(images)).float()  # [B, 2z, H/f, W/f]
+        mean, logvar = (F.pixel_unshuffle(part, self.patch).flatten(2).transpose(1, 2)
+                        for part in moments.chunk(2, 1))
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, images, align=None, sample=None, noise=None):
+        """Return latents [B, N, C] of images [B, 3, H, W]: a sample of the posterior, or its mean.
+
+        sample: which of them; default: a sample in training and where `noise` is given, standard normal
+        [B, N, C], to draw it with; else the mean. align: ignored, there is nothing to align.
+        """
+        mean, logvar = self.posterior(images)
+        if sample is None:
+            sample = self.training or noise is not None
+        if not sample:
+            return mean
+        noise = torch.randn_like(mean) if noise is None else noise
+        return mean + (logvar / 2).exp() * noise
+
+    def decode(self, latents, grid=None):
+        """Return images [B, 3, H, W], nominally in [-1, 1], of latents [B, h*w, C]; grid: (h, w)."""
+        grid = grid or [math.isqrt(latents.shape[1])] * 2
+        patches = latents.unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, h, w]
+        return self.decoder(self.post_quant_conv(F.pixel_shuffle(patches, self.patch)))
+
+
+# -- File -> autoencoder -----------------------------------------------------------------------------------
+
 def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
-    """Load an autoencoder in eval mode: ours, demo.pt, or the authors' Lightning checkpoint.
+    """Load an autoencoder in eval mode: ours, demo.pt, the authors' Lightning checkpoint, or a VAE.
 
     encoder: a frozen Encoder to use; default: the recorded file, looked for at its place and in weights_dir
-    (the authors' checkpoint holds its encoder). decode_only: load no encoder at all.
+    (the authors' checkpoint holds its encoder). decode_only: load no encoder at all. A VAE's file is in LDM's
+    or diffusers' layout and needs neither.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = files.read_safetensors(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
+    weights = checkpoint.get("state_dict", checkpoint)
+    if files.is_vae(weights):
+        return _vae(weights, path)
     if isinstance(checkpoint.get("state_dict"), dict):
         return _authors_autoencoder(checkpoint["state_dict"], path, encoder, decode_only)
     part = checkpoint.get("autoencoder", checkpoint)
     if not isinstance(part, dict) or part.get("kind") != "autoencoder":
-        raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, or the authors')")
+        raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, the authors', or a VAE): "
+                        f"seems to be {files.describe_weights(checkpoint)}")
     files.check_fields(part, {"config": dict, "model": dict, "fingerprint": str, "encoder_file": dict}, path)
     recorded = part["encoder_file"]
     files.check_fields(recorded, {"file": str, "name": str, "fingerprint": str}, path)
@@ -654,7 +791,9 @@ def _authors_autoencoder(state_dict, path, encoder, decode_only):
     encoder_weights, weights = files.authors_autoencoder_weights(state_dict, path, decode_only)
     if encoder is None and not decode_only:
         encoder = encoder_from_weights(encoder_weights, path)
-    model = Autoencoder(encoder, feature_channels=384)
+    attention = any("up.4.attn." in key for key in weights)
+    model = Autoencoder(encoder, 0 if files.is_features_alone(state_dict) else 8, feature_channels=384,
+                        decoder={"attention": attention})
     if decode_only:
         files.strict_load(model.decoder, weights, path, "the authors' decoder")
     else:
@@ -662,6 +801,16 @@ def _authors_autoencoder(state_dict, path, encoder, decode_only):
         weights |= {k: v for k, v in model.state_dict().items() if k in own}
         files.strict_load(model, weights, path, "the authors' autoencoder")
     model.fingerprint = files.fingerprint(state_dict)
+    return model.eval()
+
+
+def _vae(state_dict, path):
+    """Load a VAE of LDM's or diffusers' layout, neither of which holds latent statistics."""
+    config, weights = files.vae_weights(state_dict, path)
+    model = files.build(VAE, config, path)
+    statistics = {k: v for k, v in model.state_dict().items() if k in ("latent_mean", "latent_std")}
+    files.strict_load(model, {**weights, **statistics}, path, "a VAE of LDM")
+    model.fingerprint = files.fingerprint(weights)
     return model.eval()
 
 

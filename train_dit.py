@@ -31,7 +31,8 @@ def parse_args():
     runs.add_training_flags(parser, "dit", batch=256, lr=1e-4, steps=400_000)
     add = parser.add_argument
     add("--model", type=model_size, default="XL", help="B, L, XL, or layers,width,heads")
-    add("--ae", help="stage-1 checkpoint, ours or the authors'; default: the newest run")
+    add("--ae", help="stage-1 checkpoint, ours or the authors', or a VAE in LDM's or diffusers' layout; "
+        "default: the newest run")
     add("--latent-stats", help="a statistics file instead of the autoencoder's own mean and std")
     add("--shift", type=runs.number(above=0), default=0.4, help="timestep shift in training")
     add("--label-dropout", type=runs.number(0, 1), default=0.1, help="share of images trained without class")
@@ -120,7 +121,11 @@ def main():
     opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0,
                             fused=device.type != "mps")
     if args.compile:
-        runs.compile_blocks(model, ae.encoder.vit)
+        runs.compile_blocks(model)
+        if isinstance(ae, svg.VAE):
+            ae.encoder.compile(dynamic=False)
+        else:
+            runs.compile_blocks(ae.encoder.vit)
         if ae.channels > ae.feature_channels:
             runs.compile_blocks(ae.residual)
     parallel_model = runs.data_parallel(model)
@@ -130,17 +135,22 @@ def main():
         """Step the optimiser on uint8 images [B, H, W, 3] and labels [B]: loss, gradient norm, skipped."""
         runs.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
         flip, drop, u = torch.rand(3, args.batch, device=device)[:, mine][:, :len(images)]
-        noise = torch.randn(args.batch, ae.grid ** 2, ae.channels, device=device)[mine][:len(images)]
+        tokens = (args.batch, ae.grid ** 2, ae.channels)
+        draws = [u, torch.randn(tokens, device=device)[mine][:len(images)]]
+        if isinstance(ae, svg.VAE):  # which trains on samples of its posterior
+            draws.append(torch.randn(tokens, device=device)[mine][:len(images)])
         images = data.to_float(images, device)
         images = torch.where((flip < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
         y = svg.drop_labels(y.to(device, non_blocking=True), model.num_classes, args.label_dropout, drop)
         opt.zero_grad(set_to_none=True)
         total = 0
-        for x, labels, *draws in runs.micro_batches(args.accumulate, [parallel_model], images, y, u, noise):
+        for x, labels, u, noise, *posterior in runs.micro_batches(args.accumulate, [parallel_model], images,
+                                                                  y, *draws):
             with runs.autocast(device, args.precision):
                 with torch.no_grad():
-                    latents = ae.normalize(ae.encode(x))
-                losses = svg.flow_loss(parallel_model, latents, labels, args.shift, *draws)
+                    latents = ae.encode(x, noise=posterior[0]) if posterior else ae.encode(x)
+                    latents = ae.normalize(latents)
+                losses = svg.flow_loss(parallel_model, latents, labels, args.shift, u, noise)
                 loss = losses.sum() / len(images)
             loss.backward()
             total = total + loss.detach()
@@ -168,9 +178,7 @@ def main():
                           checkpoint.get("fingerprint"))
         files.load_optimizer(opt, checkpoint["opt"], run.last)
         opt.param_groups[0]["lr"] = args.lr
-        ae.set_latent_stats(checkpoint["latent_mean"], checkpoint["latent_std"])
-        if "alignment" in checkpoint:
-            ae.set_alignment(checkpoint["alignment"])
+        ae.load_statistics(checkpoint)
     else:
         if not (ae.measured and ae.aligned):  # the authors' autoencoder, or one whose training was stopped
             with runs.autocast(device, args.precision):
@@ -205,8 +213,7 @@ def main():
         if step % args.save_every == 0 or step == args.steps or stop:
             run.save({"kind": "sit", "config": model.config, "step": step, "classes": classes,
                       "model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
-                      "fingerprint": files.fingerprint(ema.state_dict()), "alignment": ae.alignment,
-                      "latent_mean": ae.latent_mean, "latent_std": ae.latent_std,
+                      "fingerprint": files.fingerprint(ema.state_dict()), **ae.statistics(),
                       "autoencoder": {"path": str(ae_path), "fingerprint": ae.fingerprint}})
     run.end(step)
 

@@ -1,7 +1,7 @@
 """What the tests share: a case in a folder of its own, the programs' mains, formula weights, golden answers.
 
 assets/golden.npz holds what independent implementations answered for formula weights (see `formula`), and
-the names and shapes of the published checkpoints.
+the names and shapes of the published checkpoints; golden_vae.npz those of the VAEs.
 """
 import atexit
 import contextlib
@@ -37,6 +37,8 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"])
 REAL = ROOT.parent / "shared" / "real"  # real weights and images; tests that need them skip without
 GOLDEN = files.load_npz(ROOT / "assets" / "golden.npz")
 MANIFESTS = json.loads(GOLDEN["manifests"].tobytes())
+GOLDEN |= files.load_npz(ROOT / "assets" / "golden_vae.npz")
+MANIFESTS |= json.loads(GOLDEN["manifests"].tobytes())
 
 
 def formula(key, shape, learned_positions):
