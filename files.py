@@ -418,6 +418,8 @@ def vae_weights(weights, path):
         widths = [out[f"decoder.up.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
     except (KeyError, AttributeError, IndexError) as e:
         raise UserError(f"{path}: part of a VAE of LDM's or diffusers' layout ({short_error(e)})") from None
+    if not widths or any(width == 0 or width % 32 or width % ch for width in (ch, *widths)):
+        raise UserError(f"{path}: not a VAE of LDM: its widths {[ch, *widths]} are no multiples of 32")
     attention = any(key.startswith(f"encoder.down.{levels - 1}.attn.") for key in out)
     return {"z_channels": z_channels, "ch": ch, "ch_mult": [width // ch for width in widths],
             "attention": attention}, out
