@@ -103,21 +103,18 @@ def pack(path):
     if not (ae_path and dit_path):
         raise UserError("no --demo runs of both stages below runs/: run train_ae.py --demo and "
                         "train_dit.py --demo first")
-    ae = files.load_checkpoint(ae_path)
-    dit = files.load_checkpoint(dit_path)
-    if dit["autoencoder"]["fingerprint"] != ae["fingerprint"]:
+    ae = svg.load_autoencoder(ae_path)
+    sit = svg.load_sit(dit_path)
+    if sit.meta["autoencoder"]["fingerprint"] != ae.fingerprint:
         raise UserError(f"{dit_path} was not trained on {ae_path}: train the newest of both stages together")
-    encoder = files.load_checkpoint(ae["encoder_file"]["file"])["encoder"]
-    kept_keys = ("kind", "config", "encoder_file", "classes", "step", *STATISTICS)
-    kept_ae = {k: v for k, v in ae.items() if k in kept_keys}
-    kept_dit = {k: v for k, v in dit.items() if k in kept_keys}
-    kept_ae["model"] = half(ae["model"])
-    kept_dit["ema"] = half(dit["ema"])
-    # Rounded weights are other weights.
-    kept_ae["fingerprint"] = files.fingerprint(kept_ae["model"])
-    kept_dit["fingerprint"] = files.fingerprint(kept_dit["ema"])
-    kept_dit["autoencoder"] = {"path": str(path), "fingerprint": kept_ae["fingerprint"]}
-    files.save_checkpoint(path, {"encoder": encoder, "autoencoder": kept_ae, "sit": kept_dit})
+    both = svg.bundle(sit, ae)
+    both["encoder"] = files.load_checkpoint(ae.encoder.file)["encoder"]
+    # Rounded weights are other weights, with another fingerprint.
+    for part, key in (("autoencoder", "model"), ("sit", "ema")):
+        both[part][key] = half(both[part][key])
+        both[part]["fingerprint"] = files.fingerprint(both[part][key])
+    both["sit"]["autoencoder"]["fingerprint"] = both["autoencoder"]["fingerprint"]
+    files.save_checkpoint(path, both)
 
 
 # -- The judge: do samples show what they were asked for? --------------------------------------------------

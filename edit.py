@@ -51,10 +51,18 @@ def target_names(dataset):
 
 
 def reconstruct(args, device):
-    """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG."""
+    """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG.
+
+    With --beside, another autoencoder's reconstructions stand in the overview too (figure 5).
+    """
     path = args.ae or newest_run("ae", args)
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
     check_alignment(ae, path, args)
+    if args.beside:
+        beside = svg.load_autoencoder(args.beside, weights_dir=args.weights).to(device)
+        if beside.image_size != ae.image_size or not beside.aligned:
+            raise UserError(f"--beside {args.beside}: give an autoencoder of {ae.image_size} pixels that has "
+                            f"running alignment statistics")
     if not data.list_images(args.folder):
         raise UserError(f"reconstruct {args.folder}: no images there")
     dataset = data.ImageFolder(args.folder, ae.image_size, flat=True)
@@ -88,7 +96,12 @@ def reconstruct(args, device):
     shown = [written[i] for i in np.linspace(0, len(written) - 1, min(10, len(written))).astype(int)]
     pairs = [dataset[i, 0][0] for i in shown]
     pairs += [np.asarray(Image.open(out / targets[i])) for i in shown]
-    title = f"{Path(path).name}: originals above reconstructions"
+    title = f"originals, reconstructions by {path}"
+    if args.beside:
+        images = data.to_float(torch.from_numpy(np.stack(pairs[:len(shown)])), device)
+        with torch.no_grad(), runs.autocast(device, args.precision):
+            pairs += list(data.to_uint8(beside.decode(beside.encode(images))))
+        title += f", by {args.beside}"
     files.save_image(out / overview, figures.grid_image(np.stack(pairs), len(shown), title=title))
     print(f"{len(written)} images reconstructed by {path} in {out}/, overview in {out}/{overview}")
 
@@ -300,7 +313,8 @@ def parse_args():
     add = add_command(reconstruct, "reconstructions").add_argument
     add("folder", help="folder of images, of any depth")
     add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
-    add("--ae", help="autoencoder checkpoint (default: the newest run, else demo.pt)")
+    add("--ae", help="autoencoder checkpoint, SVG's or a VAE's (default: the newest run, else demo.pt)")
+    add("--beside", metavar="FILE", help="another autoencoder (say, one without residual) for the overview")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),

@@ -62,8 +62,37 @@ def write_json(path, value):
 
 
 def save_checkpoint(path, checkpoint):
-    """Write a checkpoint atomically."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    """Write a checkpoint atomically, by torch.save or, under a name in .safetensors, in that format."""
+    save = write_safetensors if str(path).endswith(".safetensors") else torch.save
+    write_atomically(path, lambda file: save(checkpoint, file))
+
+
+def write_safetensors(checkpoint, file):
+    """Write nested dicts of tensors and JSON values: tensors under their paths, the rest in the metadata."""
+    tensors = {}
+
+    def without_tensors(value, path):
+        if isinstance(value, dict):
+            parts = {key: without_tensors(part, (*path, key)) for key, part in value.items()}
+            return {key: part for key, part in parts.items() if part is not tensors}
+        if isinstance(value, torch.Tensor):
+            tensors["/".join(path)] = value.detach().cpu().contiguous()
+            return tensors  # a mark
+        return value
+
+    header = {"__metadata__": {"svg": json.dumps(without_tensors(checkpoint, ()))}}
+    names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
+    start = 0
+    for path, tensor in tensors.items():
+        end = start + tensor.nbytes
+        header[path] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for tensor in tensors.values():
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def save_image(path, image):
@@ -77,12 +106,14 @@ def save_image(path, image):
 # -- Reading -----------------------------------------------------------------------------------------------
 
 def load_checkpoint(path):
-    """Load a dict by torch.load with weights_only and mmap, on the CPU.
+    """Load a dict by torch.load with weights_only and mmap, on the CPU, or from a .safetensors file.
 
     Raises UserError for a file that is missing, truncated, of another kind, or no dict with text as keys.
     """
     if not os.path.exists(path):
         raise UserError(missing_weights(path))
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged file fails in any of torch's, zipfile's and pickle's ways
@@ -100,20 +131,30 @@ SAFETENSORS_TYPES = {
 
 
 def read_safetensors(path):
-    """Read the tensors of a .safetensors file: 8 bytes of header length, a JSON header, the raw tensors."""
-    if not os.path.exists(path):
-        raise UserError(missing_weights(path))
+    """Read a .safetensors file: 8 bytes of header length, a JSON header, the raw tensors.
+
+    Returns its tensors by name, or what write_safetensors was given.
+    """
     try:
         data = np.memmap(path, np.uint8, "r")
         (length,) = struct.unpack("<Q", data[:8].tobytes())
         header = json.loads(data[8:8 + length].tobytes())
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
         tensors = {}
         for key, entry in header.items():
             start, end = (8 + length + offset for offset in entry["data_offsets"])
             dtype = SAFETENSORS_TYPES[entry["dtype"]]
             tensors[key] = torch.frombuffer(bytearray(data[start:end]), dtype=dtype).view(entry["shape"])
-        return tensors
+        if "svg" not in metadata:
+            return tensors
+        checkpoint = json.loads(metadata["svg"])
+        for path_in, tensor in tensors.items():
+            *parents, name = path_in.split("/")
+            part = checkpoint
+            for parent in parents:
+                part = part[parent]
+            part[name] = tensor
+        return checkpoint
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, OSError, struct.error) as e:
         raise UserError(f"{path}: not a readable .safetensors file ({short_error(e)}): truncated? copy or "
                         f"download it again") from e
@@ -347,15 +388,13 @@ def authors_autoencoder_weights(weights, path, decode_only=False):
         part, _, rest = key.partition(".")
         parts.setdefault(part, {})[rest] = value
     needed = ["decoder"] if decode_only else ["encoder", "extra_vit", "decoder"]
-    if is_features_alone(weights) and not decode_only:
-        needed.remove("extra_vit")
+    if is_features_alone(weights):
+        needed = [part for part in needed if part != "extra_vit"]
     missing = [f"{part}.*" for part in needed if part not in parts]
     if missing:
         hint = "; a decoder alone can only decode" if "decoder" in parts else ""
         raise UserError(f"{path}: not the authors' autoencoder: no {', '.join(missing)} among its "
                         f"{len(weights)} tensors{hint}")
-    if decode_only:
-        return {}, parts["decoder"]
     residual = parts.get("extra_vit", {})
     head = {k: v for k, v in residual.items() if k.startswith("heads.")}
     body = {k: v for k, v in residual.items() if k not in head}
@@ -365,7 +404,7 @@ def authors_autoencoder_weights(weights, path, decode_only=False):
         **{f"decoder.{k}": v for k, v in parts["decoder"].items()}}
     if "mask_token" in parts:  # strict_load names it if it is missing
         own["mask_token"] = weights["mask_token"].flatten()
-    return parts["encoder"], own
+    return parts.get("encoder", {}), own
 
 
 # Key names of diffusers' AutoencoderKL, old and new -> LDM's.

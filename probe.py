@@ -40,12 +40,12 @@ from sample import add_model_flags, class_numbers, find_models
 SPACES = ("encoder", "residual", "latent", "pixels")
 
 
-def load_features(args, device, needed="encoder"):
+def load_features(args, device, needed="encoder", ae=None):
     """Return features(images [B, 3, H, W], space) -> float map [B, C, h, w], the spaces it has, and its file.
 
     --encoder is a frozen encoder alone. --ae is an autoencoder: its encoder's channels, its aligned residual,
-    or both ("latent"). "pixels" are the picture's own: 3 * ratio * ratio channels for each patch. Raises
-    UserError if the `needed` space is not there.
+    or both ("latent"); of a VAE all are the encoder's. "pixels" are the picture's own: 3 * ratio * ratio
+    channels for each patch. ae: one of several files. Raises UserError if the `needed` space is not there.
     """
     if args.encoder:
         path = args.encoder
@@ -54,7 +54,7 @@ def load_features(args, device, needed="encoder"):
         ratio = 16 if model.vit.patch == 14 else model.vit.patch  # pixels per token and side
         spaces = ("encoder", "pixels")
     else:
-        path = args.ae or runs.latest_run("ae", demo=False)
+        path = ae or args.ae or runs.latest_run("ae", demo=False)
         if not path:
             raise UserError("no stage-1 run below runs/: name one by --ae, or an encoder by --encoder")
         model = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
@@ -503,8 +503,10 @@ def separability(x, labels, seed):
 
 
 def space(args, device):
-    """Separability of each space: all tokens of an image together, on the first 64 principal axes."""
-    features, spaces, path = load_features(args, device)
+    """Separability of each space: all tokens of an image together, on the first 64 principal axes.
+
+    Of one file each space is shown, of several the whole latents of each.
+    """
     [dataset] = open_sets(args)
 
     # Classes evenly spaced, the same number of images of each.
@@ -520,18 +522,25 @@ def space(args, device):
     # Numbers and a map of each space.
     numbers = {}
     panels = []
-    for name in spaces:
-        def flat(images, name=name):
-            return features(images, name).flatten(1).half()  # a thousand 256-pixel latents take 200 MB
+    paths = args.ae or [None]
+    for ae in paths:
+        features, spaces, path = load_features(args, device, ae=ae)
+        if len(paths) > 1:
+            spaces = ["latent" if "latent" in spaces else "encoder"]
+        for kind in spaces:
+            def flat(images, features=features, kind=kind):
+                return features(images, kind).flatten(1).half()  # a thousand 256-pixel latents take 200 MB
 
-        x, y = next(encode(flat, dataset, [torch.cat(chosen)], args, device))
-        x = figures.principal(x.cpu().float(), 64).float()
-        y = torch.searchsorted(classes, y.cpu())
-        some = np.linspace(0, len(x), min(len(x), 500), endpoint=False).astype(int)
-        numbers[name] = separability(x, y, args.seed)
-        panels.append((name, numbers[name], figures.tsne(x[some], seed=args.seed).numpy()))
+            x, y = next(encode(flat, dataset, [torch.cat(chosen)], args, device))
+            x = figures.principal(x.cpu().float(), 64).float()
+            y = torch.searchsorted(classes, y.cpu())
+            some = np.linspace(0, len(x), min(len(x), 500), endpoint=False).astype(int)
+            name = kind if len(paths) == 1 else path
+            numbers[name] = separability(x, y, args.seed)
+            panels.append((name, numbers[name], figures.tsne(x[some], seed=args.seed).numpy()))
     picture = figures.space_picture(panels, y[some].numpy(), [dataset.classes[c] for c in classes])
-    report(args, {"of": path, "images": len(y), "classes": count, "chance": 1 / count, **numbers}, picture)
+    of = path if len(paths) == 1 else paths
+    report(args, {"of": of, "images": len(y), "classes": count, "chance": 1 / count, **numbers}, picture)
 
 
 # -- Mean velocity fields of two classes, entangled and separated (figure 4b) ------------------------------
@@ -671,7 +680,7 @@ DEMO = {  # the defaults that --demo replaces
     "segment": {**TINY, "lr": 2e-3, "steps": 300, "warmup": 30, "width": 64,
                 "outputs": 1 + len(shapes.CLASSES), "least_scale": 1.0},
     "depth": {**TINY, "lr": 2e-3, "epochs": 5, "width": 64},
-    "space": {**TINY, "images": 500},
+    "space": {**TINY, "ae": [shapes.DEMO_PT], "images": 500},
 }
 
 
@@ -681,7 +690,11 @@ def add_input_flags(command, probe, folder, size):
     add("--demo", action="store_true", help="built-in data and model, tiny sizes, no download")
     add("--data", default=folder, help=LAYOUTS[probe])
     add = command.add_mutually_exclusive_group().add_argument
-    add("--ae", help="autoencoder checkpoint (default: the newest run; demo.pt with --demo)")
+    about = "autoencoder checkpoint, SVG's or a VAE's (default: the newest run; demo.pt with --demo)"
+    if probe == "space":
+        add("--ae", nargs="+", metavar="FILE", help=about + "; of several their whole latents side by side")
+    else:
+        add("--ae", help=about)
     add("--encoder", help="frozen encoder alone: a file in the weights folder, or a path")
     add = command.add_argument
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")

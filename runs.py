@@ -700,7 +700,7 @@ class Run:
         before = files.read_json(config_file)
         changed = []
         for key, value in config.items():
-            if key not in FREE_FLAGS and value != before.get(key):
+            if key not in FREE_FLAGS and key in before and value != before[key]:  # a flag can be newer
                 name = key if key in self.facts else f"--{key.replace('_', '-')}"
                 changed.append(f"{name} {value} (was {before.get(key)})")
         if changed:

@@ -76,8 +76,6 @@ def find_models(args, device, decode_only=True):
     sit = svg.load_sit(path).to(device)
     trained_on = sit.meta.get("autoencoder", {})
     ae_path = args.ae or trained_on.get("path")
-    if not args.ae and Path(path).name == shapes.DEMO_PT.name:  # holds both
-        ae_path = path
     if not ae_path:
         raise UserError(f"{path} does not say which autoencoder it was trained on: name it by --ae")
     if not os.path.exists(ae_path):
@@ -144,6 +142,8 @@ def parse_args():
     add_flow_flags(add, steps=25, shift=0.15)
     add_zero_init_flag(add)
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
+    add("--export", metavar="FILE", type=runs.new_file, help="only write transformer (EMA), autoencoder, "
+        "statistics and class names into one file for --ckpt, .pt or .safetensors, to give away")
     runs.add_speed_flags(parser)
     parser.set_defaults(compile=False)  # a minute's wait pays off only for thousands of images
     add("--npz", type=runs.new_file, help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM")
@@ -226,6 +226,11 @@ def main():
     # Models, classes, and the folder to write.
     start = time.time()
     sit, ae, path = find_models(args, device)
+    if args.export:
+        if runs.rank() == 0:
+            files.save_checkpoint(args.export, svg.bundle(sit, ae))
+            print(f"{args.export}: {path} and its autoencoder, without the frozen encoder")
+        return
     numbers = class_numbers(args.classes, sit)
     out = Path(args.out)
     if args.npz and runs.lies_in(args.npz, out):

@@ -281,8 +281,7 @@ def load_encoder(path, name=None):
     without its text tower), or a file with an encoder of ours (demo.pt). The architecture follows from the
     shapes, or from a `name` of ENCODERS; UserError names tensors that are missing, unexpected or misshapen.
     """
-    weights = files.read_safetensors(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
-    return encoder_from_weights(weights, path, name)
+    return encoder_from_weights(load_checkpoint(path), path, name)
 
 
 def encoder_from_weights(weights, path, name=None):
@@ -445,6 +444,7 @@ class Decoder(nn.Module):
 class LatentStatistics(nn.Module):
     """The mean and std [C] of an autoencoder's latents, its buffers latent_mean and latent_std."""
     fingerprint = None  # of the file it came from
+    encoder_file = None  # where its frozen encoder is: file, name, fingerprint
     step = None  # of training, when that was saved
 
     def statistics(self):
@@ -652,9 +652,12 @@ class Autoencoder(LatentStatistics):
 
     def to_checkpoint(self):
         """Return what a checkpoint holds of this model: never the frozen encoder, only its file and hash."""
-        encoder = {key: getattr(self.encoder, key) for key in ("file", "name", "fingerprint")}
+        if self.encoder:
+            self.encoder_file = {key: getattr(self.encoder, key) for key in ("file", "name", "fingerprint")}
+        if self.encoder_file is None:
+            raise UserError("an autoencoder of the decoder alone cannot be saved: load the whole file")
         return {"kind": "autoencoder", "config": self.config, "model": self.state_dict(),
-                "fingerprint": files.fingerprint(self.state_dict()), "encoder_file": encoder}
+                "fingerprint": files.fingerprint(self.state_dict()), "encoder_file": self.encoder_file}
 
 
 # -- The paper's baselines: VAEs of latent diffusion (LDM) --------------------------------------------------
@@ -711,6 +714,8 @@ class VAE(LatentStatistics):
         self.grid = image_size // self.ratio
         self.channels = z_channels * self.patch ** 2
         self.feature_channels = self.channels  # all come from the encoder, there is no residual
+        self.config = {"z_channels": z_channels, "ch": ch, "ch_mult": ch_mult, "attention": attention,
+                       "image_size": image_size}
         self.aligned = True  # nothing to align
         self.encoder = VAEEncoder(z_channels, ch, ch_mult, attention)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
@@ -748,6 +753,12 @@ class VAE(LatentStatistics):
         return self.decoder(self.post_quant_conv(F.pixel_shuffle(patches, self.patch)))
 
 
+    def to_checkpoint(self):
+        """Return what a checkpoint holds of this model."""
+        return {"kind": "vae", "config": self.config, "model": self.state_dict(),
+                "fingerprint": files.fingerprint(self.state_dict())}
+
+
 # -- File -> autoencoder -----------------------------------------------------------------------------------
 
 def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
@@ -757,13 +768,19 @@ def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
     (the authors' checkpoint holds its encoder). decode_only: load no encoder at all. A VAE's file is in LDM's
     or diffusers' layout and needs neither.
     """
-    checkpoint = files.read_safetensors(path) if str(path).endswith(".safetensors") else load_checkpoint(path)
+    checkpoint = load_checkpoint(path)
     weights = checkpoint.get("state_dict", checkpoint)
     if files.is_vae(weights):
         return _vae(weights, path)
     if isinstance(checkpoint.get("state_dict"), dict):
         return _authors_autoencoder(checkpoint["state_dict"], path, encoder, decode_only)
     part = checkpoint.get("autoencoder", checkpoint)
+    if isinstance(part, dict) and part.get("kind") == "vae":
+        files.check_fields(part, {"config": dict, "model": dict, "fingerprint": str}, path)
+        model = files.build(VAE, part["config"], path)
+        files.strict_load(model, part["model"], path, "VAE", part["fingerprint"])
+        model.fingerprint = part["fingerprint"]
+        return model.eval()
     if not isinstance(part, dict) or part.get("kind") != "autoencoder":
         raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, the authors', or a VAE): "
                         f"seems to be {files.describe_weights(checkpoint)}")
@@ -782,6 +799,7 @@ def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
     model = files.build(Autoencoder, {**part["config"], "encoder": encoder}, path)
     files.strict_load(model, part["model"], path, "autoencoder", part["fingerprint"])
     model.fingerprint = part["fingerprint"]
+    model.encoder_file = recorded
     model.step = part.get("step")
     return model.eval()
 
@@ -794,9 +812,11 @@ def _authors_autoencoder(state_dict, path, encoder, decode_only):
     attention = any("up.4.attn." in key for key in weights)
     model = Autoencoder(encoder, 0 if files.is_features_alone(state_dict) else 8, feature_channels=384,
                         decoder={"attention": attention})
-    if decode_only:
-        files.strict_load(model.decoder, weights, path, "the authors' decoder")
+    if decode_only and "mask_token" not in weights:
+        decoder = {k.removeprefix("decoder."): v for k, v in weights.items()}
+        files.strict_load(model.decoder, decoder, path, "the authors' decoder")
     else:
+        model.encoder_file = {"file": str(path), "name": "the authors'", "fingerprint": ""}
         own = ("alignment", "alignment_batches", "latent_mean", "latent_std")
         weights |= {k: v for k, v in model.state_dict().items() if k in own}
         files.strict_load(model, weights, path, "the authors' autoencoder")
@@ -845,11 +865,11 @@ class TimestepEmbedder(nn.Module):
 class SiTBlock(nn.Module):
     """Transformer block with adaLN-Zero and QK-Norm (without it a run diverged near 948K steps)."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim, heads, qk_norm=True):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
-        self.attn = Attention(dim, heads, qk_norm=True)
+        self.attn = Attention(dim, heads, qk_norm)
         self.mlp = Mlp(dim, 4 * dim, approximate="tanh")
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
@@ -888,11 +908,12 @@ class SiT(nn.Module):
     """
     recompute = False
 
-    def __init__(self, model="XL", channels=392, num_classes=1000, grid=16):
+    def __init__(self, model="XL", channels=392, num_classes=1000, grid=16, qk_norm=True):
         super().__init__()
         size = SIT_SIZES[model] if isinstance(model, str) else dict(model)
         dim = size["dim"]
-        self.config = {"model": size, "channels": channels, "num_classes": num_classes, "grid": grid}
+        self.config = {"model": size, "channels": channels, "num_classes": num_classes, "grid": grid,
+                       "qk_norm": qk_norm}
         self.channels = channels
         self.num_classes = num_classes
         self.grid = grid
@@ -900,7 +921,7 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = nn.Embedding(num_classes + 1, dim)  # the last row is "no class"
         self.register_buffer("pos_embed", sincos_positions(dim, grid)[None], persistent=False)
-        self.blocks = nn.ModuleList(SiTBlock(dim, size["heads"]) for _ in range(size["depth"]))
+        self.blocks = nn.ModuleList(SiTBlock(dim, size["heads"], qk_norm) for _ in range(size["depth"]))
         self.final_layer = FinalLayer(dim, channels)
         self.initialize()
 
@@ -936,7 +957,8 @@ def load_sit(path, ema=True):
     `model.meta` holds those of META that the checkpoint has (of the authors' none).
     """
     checkpoint = load_checkpoint(path)
-    if isinstance(checkpoint.get("sit"), dict):
+    bundled = isinstance(checkpoint.get("sit"), dict)
+    if bundled:
         checkpoint = checkpoint["sit"]
     key = "ema" if ema else "model"
     meta = {}
@@ -950,6 +972,8 @@ def load_sit(path, ema=True):
         files.check_fields(meta, {k: META[k] for k in meta}, path)
         if "autoencoder" in meta:
             files.check_fields(meta["autoencoder"], {"path": str, "fingerprint": str}, path)
+            if bundled:
+                meta["autoencoder"]["path"] = str(path)
     else:
         config, weights, positions = files.authors_sit_weights(checkpoint.get(key, checkpoint), path)
     model = files.build(SiT, config, path)
@@ -963,6 +987,19 @@ def load_sit(path, ema=True):
         raise UserError(f"{path}: a damaged checkpoint: its classes are not {model.num_classes} names")
     model.meta = meta
     return model.eval()
+
+
+def bundle(sit, ae):
+    """Return one checkpoint of a transformer and its autoencoder, as demo.pt is, without the frozen encoder.
+
+    load_sit and load_autoencoder read it; to encode, the encoder's file is looked for as that of a run is.
+    """
+    autoencoder = ae.to_checkpoint()
+    trained_on = {"path": "", "fingerprint": autoencoder["fingerprint"]}
+    transformer = {"kind": "sit", "config": sit.config, **sit.meta, **ae.statistics(),
+                   "ema": sit.state_dict(), "fingerprint": files.fingerprint(sit.state_dict()),
+                   "autoencoder": trained_on}
+    return {"sit": transformer, "autoencoder": autoencoder}
 
 
 # -- Flow: the loss and the sampler ------------------------------------------------------------------------

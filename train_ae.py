@@ -152,6 +152,8 @@ def parse_args():
         help="latent channels of the residual encoder; 0: an autoencoder without it")
     add("--align", choices=("batch", "none"), default="batch",
         help="alignment of the residual to the encoder's statistics; none: the ablation of table 4")
+    add("--mask-ratio", type=runs.number(0, 1), default=0.1,
+        help="share of images whose residual is masked in training, so that the decoder does not lean on it")
     add("--residual-dim", type=runs.positive, default=384, help="width of the residual encoder")
     add("--residual-depth", type=runs.positive, default=6, help="layers of the residual encoder")
     add("--residual-dropout", type=runs.number(0, 1), default=0.1, help="dropout in the residual encoder")
@@ -195,8 +197,8 @@ def build_autoencoder(encoder, args):
             raise UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each level from "
                             f"--image-size {args.image_size} to --grid {args.grid}")
         decoder["ch_mult"] = factors
-    return svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid, residual=residual,
-                           decoder=decoder, align=args.align)
+    return svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid, args.mask_ratio,
+                           residual, decoder, align=args.align)
 
 
 def main():

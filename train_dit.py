@@ -31,6 +31,8 @@ def parse_args():
     runs.add_training_flags(parser, "dit", batch=256, lr=1e-4, steps=400_000)
     add = parser.add_argument
     add("--model", type=model_size, default="XL", help="B, L, XL, or layers,width,heads")
+    add("--no-qk-norm", dest="qk_norm", action="store_false",
+        help="no LayerNorm of queries and keys (an ablation: the authors' run without it diverged)")
     add("--ae", help="stage-1 checkpoint, ours or the authors', or a VAE in LDM's or diffusers' layout; "
         "default: the newest run")
     add("--latent-stats", help="a statistics file instead of the autoencoder's own mean and std")
@@ -54,12 +56,12 @@ def model_size(text):
     return text
 
 
-def build_sit(size, ae, num_classes):
+def build_sit(size, ae, num_classes, qk_norm):
     """Return a new transformer for the latents of an autoencoder."""
     if size not in svg.SIT_SIZES:
         depth, dim, heads = map(int, size.split(","))
         size = {"depth": depth, "dim": dim, "heads": heads}
-    return svg.SiT(size, ae.channels, num_classes, ae.grid)
+    return svg.SiT(size, ae.channels, num_classes, ae.grid, qk_norm)
 
 
 def open_autoencoder(args):
@@ -115,7 +117,7 @@ def main():
 
     # Model and optimiser.
     torch.manual_seed(args.seed)  # every rank starts from the same weights
-    model = build_sit(args.model, ae, len(classes)).to(device)
+    model = build_sit(args.model, ae, len(classes), args.qk_norm).to(device)
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0,

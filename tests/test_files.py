@@ -1,6 +1,8 @@
 """Files: atomic writes, fingerprints."""
 import copy
+import json
 import os
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -36,6 +38,18 @@ class Files(Case):
                 self.assertRaises(ZeroDivisionError):
             files.save_image("a/0.png", np.zeros((4, 4, 3), np.uint8))
         self.assertEqual(os.listdir("a"), [])
+
+    def test_a_safetensors_file_keeps_nested_dicts_tensors_and_the_rest(self):
+        checkpoint = {"a": {"w": torch.arange(6.0).view(2, 3).half(), "n": torch.tensor(3), "text": "x"},
+                      "classes": ["one", "two"], "empty": {}}
+        svg.save_checkpoint("all.safetensors", checkpoint)
+        self.assert_same(svg.load_checkpoint("all.safetensors"), checkpoint)
+        data = Path("all.safetensors").read_bytes()  # as other readers see it
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:8 + length])
+        self.assertEqual(length % 8, 0)
+        self.assertEqual(header["a/w"], {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]})
+        self.assertEqual(data[8 + length:][:12], checkpoint["a"]["w"].numpy().tobytes())
 
     def test_fingerprint_changes_with_one_weight_and_not_with_the_file(self):
         a = {"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(3)}

@@ -97,6 +97,21 @@ class Commands(Case):
         self.assertEqual(sorted(os.listdir("reconstructions/a")), ["0.png", "1.png", "2.png"])
         self.assertTrue(os.path.exists("reconstructions/overview/reconstructions.png"))
 
+    def test_an_exported_file_gives_the_pixels_of_its_run(self):
+        shutil.copytree(trained() / "runs", "runs")
+        ok("sample --steps 2 --num 4 --out run")
+        write_pictures("in", 2)
+        ok("edit reconstruct in")
+        for name in ("all.pt", "all.safetensors"):
+            ok("sample --export", name)
+        shutil.rmtree("runs")
+        for name in ("all.pt", "all.safetensors"):
+            ok("sample --steps 2 --num 4 --out", name[4:], "--ckpt", name)
+            np.testing.assert_array_equal(pictures(name[4:]), pictures("run"))
+            self.assertEqual(svg.load_sit(name).meta["classes"], shapes.CLASSES)
+            ok("edit reconstruct in --ae", name, "--out", f"{name[4:]}-in")
+            np.testing.assert_array_equal(pictures(f"{name[4:]}-in"), pictures("reconstructions"))
+
     def test_training_skips_a_corrupt_image_with_one_warning(self):
         write_pictures("data/a", 3)
         write_pictures("data/b", 3)
@@ -147,6 +162,19 @@ class Training(Case):
                           for c in (one, two)), strict=True)
             a, b = (torch.cat([t.double().flatten() for t in side]) for side in zip(*parts, strict=True))
             self.assertLess((a - b).norm() / a.norm(), tolerance, key)
+
+    def test_ablation_flags_change_what_they_name_and_nothing_else(self):
+        whole = self.train("whole", steps=2)
+        without = self.train("without", "--no-qk-norm", steps=2)
+        self.assertEqual({k for k in whole["model"] if "q_norm" in k or "k_norm" in k},
+                         whole["model"].keys() - without["model"].keys())
+        ok("sample --steps 1 --num 2 --ckpt runs/without/last.pt")
+        self.assertEqual(self.train("masked", "--mask-ratio", 1, steps=1, ae=True)["config"]["mask_ratio"], 1)
+        residual = svg.load_checkpoint("runs/masked/last.pt")["opt"]["state"]  # nothing reaches the residual
+        names = [name for name, _ in svg.load_autoencoder("runs/masked/last.pt").named_parameters()]
+        moved = {name for i, name in enumerate(names) if residual[i]["exp_avg"].any()}
+        self.assertTrue(any(name.startswith("decoder.") for name in moved))
+        self.assertFalse(any(name.startswith("residual") for name in moved))
 
     def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(self):
         p = torch.nn.Parameter(torch.ones(3))

@@ -1,6 +1,8 @@
 """VAE latents: answers of independent implementations, both layouts of files, and the programs on them."""
 import functools
+import json
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -8,6 +10,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import files
 import svg
@@ -19,6 +22,7 @@ from tests.helpers import (
     image,
     normal,
     ok,
+    pictures,
     read_log,
     run,
     weights,
@@ -243,7 +247,20 @@ class Programs(Case):
         ok("edit reconstruct train/a --ae vae.pt")
         ok("edit interpolate --class a --seeds 1 2 --frames 2 --steps 2")
         ok("edit redraw train/a/0.png --box 4,4,20,20 --class a --steps 2")
+        ok("edit reconstruct train/a --ae vae.pt --beside vae.pt --out both")  # rows of the overview: 2, 3
+        two, three = (Image.open(f"{name}/overview/reconstructions.png").height
+                      for name in ("reconstructions", "both"))
+        self.assertAlmostEqual((three - 28) / (two - 28), 1.5, delta=0.01)
         ok("probe space --size 64 --data train --ae vae.pt --classes 2 --images 8 --workers 0")
+        shutil.copy("vae.pt", "other.pt")
+        ok("probe space --size 64 --data train --ae vae.pt other.pt --classes 2 --images 8 --workers 0 "
+           "--out two")
+        numbers = json.loads(Path("two/space.json").read_text())
+        self.assertEqual((numbers["of"], numbers["vae.pt"]), (["vae.pt", "other.pt"], numbers["other.pt"]))
+        ok("sample --export all.safetensors")
+        for name, model in (("run", ""), ("exported", "--ckpt all.safetensors")):
+            ok(f"sample --num 2 --steps 2 {model} --out {name}")
+        np.testing.assert_array_equal(pictures("run"), pictures("exported"))
         ok("probe pca --rows 1 --columns 2")
         Path("val").symlink_to("train")
         ok("probe classify --size 64 --data . --ae vae.pt --epochs 1 --batch 4 --workers 0")
