@@ -49,36 +49,40 @@ def loss_curve(entries, title):
     """Draw every *loss of a log against the step, on one labelled scale; None for fewer than two entries."""
     if len(entries) < 2:
         return None
+    curves = {}
+    for name in [key for key in entries[-1] if key.endswith("loss")]:
+        curves[name] = [(e["step"], e[name]) for e in entries if is_number(e.get(name))]
+    return line_chart(curves, title, "step")
+
+
+def line_chart(curves, title, x_name, log=False):
+    """Draw curves {name: [(x, y), ...]} on one labelled scale; log: both axes are logarithmic."""
     width, height = 720, 400
     left, right, top, bottom = 60, width - 16, 44, height - 36
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(12)
     draw.text((left, 6), title, fill="black", font=ImageFont.load_default(14))
-    draw.text((width - 40, height - 18), "step", fill="black", font=font)
-    curves = {}
-    for name in [key for key in entries[-1] if key.endswith("loss")]:
-        curves[name] = [(e["step"], e[name]) for e in entries if is_number(e.get(name))]
-    values = [value for curve in curves.values() for _, value in curve] or [0.0]
-    low = min(values)
-    high = max(values)
-    first = entries[0]["step"]
-    last = entries[-1]["step"]
+    draw.text((width - 10, height - 4), x_name, fill="black", font=font, anchor="rs")
+    scale, unscale = (math.log, math.exp) if log else (float, float)
+    points = [(scale(x), scale(y)) for curve in curves.values() for x, y in curve] or [(0.0, 0.0)]
+    x_low, y_low = (min(values) for values in zip(*points))
+    x_high, y_high = (max(values) for values in zip(*points))
 
-    def place(step, value):
-        return (left + (step - first) / max(last - first, 1) * (right - left),
-                top + (high - value) / max(high - low, 1e-12) * (bottom - top))
+    def place(x, y):
+        return (left + (x - x_low) / max(x_high - x_low, 1e-12) * (right - left),
+                top + (y_high - y) / max(y_high - y_low, 1e-12) * (bottom - top))
 
     for i in range(5):
-        step = first + (last - first) * i / 4
-        value = low + (high - low) * i / 4
-        x, y = place(step, value)
-        draw.line([(left, y), (right, y)], fill="#dddddd")
-        draw.text((4, y - 7), f"{value:.3g}", fill="black", font=font)
-        draw.text((x - 12, bottom + 6), f"{step:.0f}", fill="black", font=font)
+        x = x_low + (x_high - x_low) * i / 4
+        y = y_low + (y_high - y_low) * i / 4
+        across, down = place(x, y)
+        draw.line([(left, down), (right, down)], fill="#dddddd")
+        draw.text((4, down - 7), f"{unscale(y):.3g}", fill="black", font=font)
+        draw.text((across - 12, bottom + 6), f"{unscale(x):.0f}", fill="black", font=font)
     for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS)):
-        draw.line([place(*point) for point in curve], fill=colour, width=2)
-        draw.text((left + 140 * i, 24), name, fill=colour, font=font)
+        draw.line([place(scale(x), scale(y)) for x, y in curve], fill=colour, width=2)
+        draw.text((left + 160 * i, 24), name, fill=colour, font=font)
     return sheet
 
 
