@@ -507,6 +507,8 @@ def space(args, device):
 
     Of one file each space is shown, of several the whole latents of each.
     """
+    paths = args.ae or [None]
+    opened = [load_features(args, device, ae=ae) for ae in paths]
     [dataset] = open_sets(args)
 
     # Classes evenly spaced, the same number of images of each.
@@ -522,9 +524,7 @@ def space(args, device):
     # Numbers and a map of each space.
     numbers = {}
     panels = []
-    paths = args.ae or [None]
-    for ae in paths:
-        features, spaces, path = load_features(args, device, ae=ae)
+    for features, spaces, path in opened:
         if len(paths) > 1:
             spaces = ["latent" if "latent" in spaces else "encoder"]
         for kind in spaces:
