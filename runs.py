@@ -224,21 +224,17 @@ def number(low=0.0, high=math.inf, above=-math.inf):
     return parse
 
 
-def positive(text):
-    """Parse a whole number of at least 1, and of 63 bits, as PyTorch's (an argparse type)."""
-    if not text.isdecimal() or not 1 <= int(text[:99]) < 2**63:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1 to 2^63")
-    return int(text)
+def whole(low):
+    """Return an argparse type: a whole number of at least `low`, and of 63 bits, as PyTorch's."""
+    def parse(text):
+        if not text.isdecimal() or not low <= int(text[:99]) < 2**63:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {low} to 2^63")
+        return int(text)
+    return parse
 
 
-def not_negative(text):
-    """Parse a whole number of at least 0 (an argparse type)."""
-    if text == "0":
-        return 0
-    try:
-        return positive(text)
-    except argparse.ArgumentTypeError as e:
-        raise argparse.ArgumentTypeError(str(e).replace("from 1", "from 0")) from None
+positive = whole(1)
+not_negative = whole(0)
 
 
 def new_folder(text):
@@ -625,7 +621,6 @@ def claim_folder(args, settings, names, inputs=()):
                 path.unlink()
                 with contextlib.suppress(OSError):  # not empty
                     path.parent.rmdir()
-        out.mkdir(exist_ok=True)
         files.write_record(out, settings, names)
     barrier()
 
@@ -702,7 +697,7 @@ class Run:
         for key, value in config.items():
             if key not in FREE_FLAGS and key in before and value != before[key]:  # a flag can be newer
                 name = key if key in self.facts else f"--{key.replace('_', '-')}"
-                changed.append(f"{name} {value} (was {before.get(key)})")
+                changed.append(f"{name} {value} (was {before[key]})")
         if changed:
             raise UserError(f"{self.path} holds a different run: {'; '.join(changed)}; give the same "
                             f"flags to resume it, or another --name")

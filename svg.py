@@ -787,7 +787,6 @@ def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
     files.check_fields(part, {"config": dict, "model": dict, "fingerprint": str, "encoder_file": dict}, path)
     recorded = part["encoder_file"]
     files.check_fields(recorded, {"file": str, "name": str, "fingerprint": str}, path)
-    files.check_tensors(part["model"], path)
     if encoder is None and not decode_only:
         if isinstance(checkpoint.get("encoder"), dict):
             encoder = encoder_from_weights(checkpoint, path)
