@@ -1,4 +1,4 @@
-"""Images: decoding and cropping, folders of images, packed sets, the reproducible stream of a training run.
+"""Images: decoding and cropping, folders, packed sets, cached latents, the reproducible stream of a run.
 
     python data.py pack imagenet/train imagenet/train-256     # decode a tree of class folders once
 
@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -260,6 +261,19 @@ def dataset_identity(dataset):
             "crops": "random" if getattr(dataset, "random_crop", False) else "centre"}
 
 
+def dataset_fingerprint(dataset):
+    """Return a hash of a dataset's labels and classes, and of its files' names, sizes and times."""
+    digest = hashlib.sha256(json.dumps(dataset_identity(dataset)).encode())
+    if isinstance(dataset, ImageFolder):
+        names = [os.fsdecode(name) for name in dataset.names]
+    else:
+        names = ["images.npy"] if isinstance(dataset, Packed) else []  # drawn shapes have no file
+    for name in names:
+        stat = os.stat(os.path.join(dataset.root, name))
+        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
 # -- Batches -----------------------------------------------------------------------------------------------
 
 def ignore_stop_signals(_):
@@ -326,6 +340,104 @@ def spread_batches(dataset, count, batch, workers, device):
     batches = batches_of(dataset, chunks, workers)
     for images, _, _ in runs.progress(batches, "measuring the latents", min(count, len(dataset)), batch_size):
         yield to_float(images, device)
+
+
+# -- Cached latents ----------------------------------------------------------------------------------------
+
+class Cached(torch.utils.data.Dataset):
+    """What `cache_latents` wrote: items (float16 [2, N, C], label, -1), of an image and its mirror image."""
+
+    def __init__(self, folder, classes):
+        self.root = str(folder)
+        self.classes = classes
+        try:
+            self.rows = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
+        except (OSError, ValueError) as e:
+            raise UserError(f"--cache {folder}: damaged ({files.short_error(e)}): remove it, and it is "
+                            f"encoded again") from e
+        self.labels = self.rows["label"]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __reduce__(self):  # as Packed
+        return Cached, (self.root, self.classes)
+
+    def __getitem__(self, item):
+        row = self.rows[item[0]]
+        return np.array(row["latents"]), int(row["label"]), -1
+
+
+def cache_latents(folder, dataset, encode, about, batch, workers, device, report):
+    """Encode a dataset and its mirror images once, in half precision, and return it as a dataset of latents.
+
+    encode(images [B, 3, H, W]) -> [B, N, C]; about: what its answer depends on, beside the data; batch:
+    images at a time and process; report(dataset, indices): is told of corrupt images. Writes latents.npy,
+    records of "latents", float16 [2, N, C], and "label", and cache.json. A stopped run goes on where it was.
+    Raises UserError for the latents of something else.
+    """
+    folder = Path(folder)
+    about = {**about, "data": dataset_fingerprint(dataset)}
+    state = files.read_json(folder / "cache.json")
+    if folder.exists() and not state and set(os.listdir(folder)) - {runs.LOCK}:
+        raise UserError(f"--cache {folder} is not empty and holds no latents: give another folder")
+    stale = [name for name in about if state and about[name] != state.get(name)]
+    if stale:
+        raise UserError(f"--cache {folder} was made with other {', '.join(stale)}: remove it, or give "
+                        f"another folder")
+    runs.barrier()  # every process has read the state before the first one changes it
+    if state.get("encoded") != len(dataset):
+        if runs.rank() == 0:
+            runs.lock_folder(folder)
+        write_latents(folder, dataset, encode, {"encoded": 0, **about, **state}, batch, workers, device,
+                      report)
+        if runs.rank() == 0:
+            runs.unlock_folder(folder)
+    return Cached(folder, dataset.classes)
+
+
+@torch.no_grad()
+def write_latents(folder, dataset, encode, state, batch, workers, device, report):
+    """Write the rows of latents.npy after state["encoded"], each process its share, and keep cache.json."""
+    count = len(dataset)
+    sample = encode(to_float(torch.from_numpy(dataset[0, 0][0][None]), device))
+    row = np.dtype([("latents", np.float16, (2, *sample.shape[1:])), ("label", np.int64)])
+    path = folder / "latents.npy"
+    if runs.rank() == 0 and not state["encoded"]:
+        if shutil.disk_usage(folder).free < count * row.itemsize:
+            raise UserError(f"--cache {folder}: {count:,} latents take {count * row.itemsize / 1e9:.3g} GB, "
+                            f"more than the disk has: give another place, or train without --cache")
+        np.lib.format.open_memmap(path, "w+", row, (count,))
+        files.write_json(folder / "cache.json", state)
+    runs.barrier()
+    first = state["encoded"]
+    chunks = [[(i, 0) for i in range(start, min(start + batch, count))]
+              for start in range(first, count, batch)]
+    mine = chunks[runs.rank()::runs.world_size()]
+    batches = iter(runs.progress(batches_of(dataset, mine, workers), "encoding", count - first, batch_size))
+    with open(path, "r+b") as file:
+        header = os.path.getsize(path) - count * row.itemsize
+        for i in range(0, len(chunks), runs.world_size()):  # one chunk of each process
+            for images, labels, corrupt in itertools.islice(batches, 1):
+                report(dataset, corrupt)
+                images = to_float(images, device)
+                both = torch.stack([encode(images), encode(images.flip(-1))], 1).half()
+                if not both.isfinite().all():
+                    raise UserError(f"--cache {folder}: latents that half precision does not hold: train "
+                                    f"without --cache")
+                rows = np.empty(len(labels), row)
+                rows["latents"] = both.cpu().numpy()
+                rows["label"] = labels
+                file.seek(header + mine[i // runs.world_size()][0][0] * row.itemsize)
+                file.write(rows.tobytes())
+            if i % (8 * runs.world_size()) == 0 or i + runs.world_size() >= len(chunks):
+                file.flush()
+                os.fsync(file.fileno())  # first the rows of all processes, then the record of them
+                runs.barrier()
+                if runs.rank() == 0:
+                    state["encoded"] = min(count, first + (i + runs.world_size()) * batch)
+                    files.write_json(folder / "cache.json", state)
+    runs.barrier()
 
 
 # -- python data.py pack -----------------------------------------------------------------------------------

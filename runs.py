@@ -560,6 +560,12 @@ def lock_folder(folder):
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
+def unlock_folder(folder):
+    """Give a lock back before the program ends."""
+    held_locks.pop(folder.resolve()).close()
+    (folder / LOCK).unlink()
+
+
 def is_locked(folder):
     """Whether another process is writing a folder."""
     lock = Path(folder, LOCK)
@@ -630,7 +636,7 @@ def claim_folder(args, settings, names, inputs=()):
 # Flags that may change when a run resumes: its length, its output, its speed, and where files lie that
 # fingerprints identify.
 FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "keep", "milestone_every",
-              "name", "weights", "data", "ae", "encoder", "compile", "recompute"}
+              "name", "weights", "data", "ae", "encoder", "compile", "recompute", "cache"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by clusters, people, SLURM
 MAX_SKIPPED = 20  # steps in a row without a finite gradient after which training stops
 CHECKPOINTS = {  # stage: kind of its checkpoints, the key of what they were trained on, what else they hold

@@ -463,6 +463,14 @@ class LatentStatistics(nn.Module):
         """Convert the transformer's latents to those that `decode` takes."""
         return latents * self.latent_std + self.latent_mean
 
+    def moments(self, images):
+        """Return what the latents of images [B, 3, H, W] are drawn from: here the latents [B, N, C]."""
+        return self.encode(images)
+
+    def draw(self, moments, noise=None):
+        """Return latents [B, N, C] drawn from moments; noise: standard normal [B, N, C], of a VAE alone."""
+        return moments
+
     @property
     def measured(self):
         """Whether the latents' mean and std are known (the authors' checkpoint has none)."""
@@ -732,26 +740,34 @@ class VAE(LatentStatistics):
                         for part in moments.chunk(2, 1))
         return mean, logvar.clamp(-30, 20)
 
+    def moments(self, images):
+        """Return mean and standard deviation [B, N, 2C] of the posterior of images [B, 3, H, W]."""
+        mean, logvar = self.posterior(images)
+        return torch.cat([mean, (logvar / 2).exp()], -1)
+
+    def draw(self, moments, noise):
+        mean, std = moments.chunk(2, -1)
+        return mean + std * noise
+
     def encode(self, images, align=None, sample=None, noise=None):
         """Return latents [B, N, C] of images [B, 3, H, W]: a sample of the posterior, or its mean.
 
         sample: which of them; default: a sample in training and where `noise` is given, standard normal
         [B, N, C], to draw it with; else the mean. align: ignored, there is nothing to align.
         """
-        mean, logvar = self.posterior(images)
+        moments = self.moments(images)
+        mean = moments[..., :self.channels]
         if sample is None:
             sample = self.training or noise is not None
         if not sample:
             return mean
-        noise = torch.randn_like(mean) if noise is None else noise
-        return mean + (logvar / 2).exp() * noise
+        return self.draw(moments, torch.randn_like(mean) if noise is None else noise)
 
     def decode(self, latents, grid=None):
         """Return images [B, 3, H, W], nominally in [-1, 1], of latents [B, h*w, C]; grid: (h, w)."""
         grid = grid or [math.isqrt(latents.shape[1])] * 2
         patches = latents.unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, h, w]
         return self.decoder(self.post_quant_conv(F.pixel_shuffle(patches, self.patch)))
-
 
     def to_checkpoint(self):
         """Return what a checkpoint holds of this model."""

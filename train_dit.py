@@ -36,6 +36,10 @@ def parse_args():
     add("--ae", help="stage-1 checkpoint, ours or the authors', or a VAE in LDM's or diffusers' layout; "
         "default: the newest run")
     add("--latent-stats", help="a statistics file instead of the autoencoder's own mean and std")
+    add("--residual-scale", type=runs.number(above=0), default=1.0,
+        help="standard deviation at which the residual enters the transformer; the features' is 1")
+    add("--cache", metavar="FOLDER", type=runs.new_folder, help="encode all images and their mirror images "
+        "once, in half precision, to this folder, and train from it; other runs may share it")
     add("--shift", type=runs.number(above=0), default=0.4, help="timestep shift in training")
     add("--label-dropout", type=runs.number(0, 1), default=0.1, help="share of images trained without class")
     add("--ema-decay", type=runs.number(0, 1), default=0.9999, help="decay of the averaged weights per step")
@@ -106,6 +110,8 @@ def main():
     # Autoencoder and data.
     ae, ae_path = open_autoencoder(args)
     ae.to(device).eval().requires_grad_(False)
+    if args.residual_scale != 1 and ae.channels == ae.feature_channels:
+        raise UserError(f"--residual-scale {args.residual_scale:g}: {ae_path} has no residual")
     if args.bench:
         classes = [str(i) for i in range(1000)]
     else:
@@ -134,26 +140,34 @@ def main():
     mine = slice(runs.rank() * local_batch, (runs.rank() + 1) * local_batch)  # of the global batch
 
     def train_step(step, images, y):
-        """Step the optimiser on uint8 images [B, H, W, 3] and labels [B]: loss, gradient norm, skipped."""
+        """Step the optimiser on images and labels [B]: loss, gradient norm, whether skipped.
+
+        images: uint8 [B, H, W, 3], or with --cache their moments and those of their mirror images.
+        """
         runs.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
-        flip, drop, u = torch.rand(3, args.batch, device=device)[:, mine][:, :len(images)]
+        flip, drop, u = torch.rand(3, args.batch, device=device)[:, mine][:, :len(y)]
         tokens = (args.batch, ae.grid ** 2, ae.channels)
-        draws = [u, torch.randn(tokens, device=device)[mine][:len(images)]]
+        draws = [u, torch.randn(tokens, device=device)[mine][:len(y)]]
         if isinstance(ae, svg.VAE):  # which trains on samples of its posterior
-            draws.append(torch.randn(tokens, device=device)[mine][:len(images)])
-        images = data.to_float(images, device)
-        images = torch.where((flip < 0.5).view(-1, 1, 1, 1), images.flip(-1), images)
+            draws.append(torch.randn(tokens, device=device)[mine][:len(y)])
+        if args.cache:
+            plain, mirrored = images.to(device, non_blocking=True).float().unbind(1)
+        else:
+            plain = data.to_float(images, device)
+            mirrored = plain.flip(-1)
+        flip = (flip < 0.5).view(-1, *[1] * (plain.dim() - 1))
+        x = torch.where(flip, mirrored, plain)
         y = svg.drop_labels(y.to(device, non_blocking=True), model.num_classes, args.label_dropout, drop)
         opt.zero_grad(set_to_none=True)
         total = 0
-        for x, labels, u, noise, *posterior in runs.micro_batches(args.accumulate, [parallel_model], images,
-                                                                  y, *draws):
+        parts = runs.micro_batches(args.accumulate, [parallel_model], x, y, *draws)
+        for x, labels, u, noise, *posterior_noise in parts:
             with runs.autocast(device, args.precision):
                 with torch.no_grad():
-                    latents = ae.encode(x, noise=posterior[0]) if posterior else ae.encode(x)
-                    latents = ae.normalize(latents)
+                    moments = x if args.cache else ae.moments(x)
+                    latents = ae.normalize(ae.draw(moments, *posterior_noise))
                 losses = svg.flow_loss(parallel_model, latents, labels, args.shift, u, noise)
-                loss = losses.sum() / len(images)
+                loss = losses.sum() / len(y)
             loss.backward()
             total = total + loss.detach()
         grad_norm, skipped = runs.optimizer_step(opt, clip=args.clip)
@@ -163,6 +177,9 @@ def main():
     if args.bench:
         def make(n):
             images = runs.synthetic_images(n, ae.image_size, device)
+            if args.cache:
+                images = ae.moments(data.to_float(images, device)).half().cpu()
+                images = torch.stack([images, images], 1)
             return lambda: train_step(1, images, torch.arange(n) % len(classes))
 
         runs.bench(args, device, make, args.batch, script="train_dit", model=args.model)
@@ -187,6 +204,14 @@ def main():
                 ae.measure_statistics(data.spread_batches(dataset, 10_000, local_batch, args.workers, device))
         if args.latent_stats:
             ae.set_latent_stats(*files.load_latent_stats(args.latent_stats))
+        ae.latent_std[ae.feature_channels:] /= args.residual_scale  # travels with the checkpoint
+    if args.cache:
+        # Moments depend on the alignment, which may have been measured just now, but not on mean and std.
+        own = {"autoencoder": ae.fingerprint, "alignment": getattr(ae, "alignment", torch.tensor(0)).tolist(),
+               "precision": args.precision}
+        with runs.autocast(device, args.precision):
+            dataset = data.cache_latents(args.cache, dataset, ae.moments, own, local_batch, args.workers,
+                                         device, run.report_corrupt)
     preview_labels = torch.arange(16, device=device) % len(classes)
     preview_noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
     batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
