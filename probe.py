@@ -4,6 +4,7 @@
     python probe.py segment --data ADEChallengeData2016 --features latent              # FPN head: mIoU, mAcc
     python probe.py depth --data nyu/official_splits                    # FPN head: RMSE, A.Rel
     python probe.py space --data imagenet/val                           # separability and t-SNE (figure 4a)
+    python probe.py flow --data imagenet/val                            # where the transformer errs
     python probe.py pca --class 207                                     # hidden states (figures 10, 11)
     python probe.py toy                                                 # mean velocity fields (figure 4b)
     python probe.py pixels --patch 8 --channels 392                     # an encoder without semantics (3.1)
@@ -32,6 +33,7 @@ import files
 import runs
 import shapes
 import svg
+from fid import frechet_distance, moments
 from files import UserError
 from sample import add_model_flags, class_numbers, find_models
 
@@ -543,6 +545,61 @@ def space(args, device):
     report(args, {"of": of, "images": len(y), "classes": count, "chance": 1 / count, **numbers}, picture)
 
 
+# -- The flow: where the transformer errs, with no decoder in it -------------------------------------------
+
+@torch.no_grad()
+def flow(args, device):
+    """Flow loss of features and residual by t, and the Frechet distance of the samples' features.
+
+    Features are normalised; the distance is that of their means over the tokens of an image, from those of
+    held-out images. It sees no decoder, and compares models of one encoder.
+    """
+    sit, ae, path = find_models(args, device, decode_only=False)
+    dataset = data.open_data(args.data, ae.image_size)
+    if dataset.classes != sit.meta.get("classes", dataset.classes):
+        raise UserError(f"--data {args.data}: not the classes that {path} was trained on")
+    runs.say(f"{path} | {runs.describe(dataset, args.data)}")
+
+    def latents_of(images):
+        with runs.autocast(device, args.precision):
+            return ae.normalize(ae.encode(images))
+
+    chosen = np.linspace(0, len(dataset), min(args.images, len(dataset)), endpoint=False).astype(int)
+    latents, y = next(encode(latents_of, dataset, [torch.from_numpy(chosen)], args, device))
+    noise = svg.sample_noise(args.seed, range(len(y)), latents.shape[1:]).to(device)
+    parts = list(zip(*(x.split(args.encode_batch) for x in (latents, y, noise)), strict=True))
+    channels = {"features": slice(ae.feature_channels)}
+    if ae.channels > ae.feature_channels:
+        channels["residual"] = slice(ae.feature_channels, None)
+
+    # Loss by t, at the middles of ten equal parts of the training's times.
+    curves = {name: [] for name in channels}
+    with runs.autocast(device, args.precision):
+        for i in runs.progress(range(10), "flow loss", 10 * len(y), lambda i: len(y)):
+            u = (i + 0.5) / 10
+            errors = [svg.flow_error(sit, z, labels, args.train_shift, torch.full((len(z),), u).to(z), n)
+                      for z, labels, n in parts]
+            by_channel = torch.cat([error.mean(1) for error in errors]).mean(0)  # [C]
+            for name, part in channels.items():
+                curves[name].append([svg.shift_time(u, args.train_shift), by_channel[part].mean().item()])
+
+        # The samples' features.
+        distances = {}
+        real = latents[..., channels["features"]].mean(1)
+        for steps in args.steps:
+            shown = runs.progress(parts, f"{steps} steps", len(y), lambda part: len(part[1]))
+            z = [svg.euler_sample(sit, n, labels, steps, args.guidance, args.shift) for _, labels, n in shown]
+            fake = torch.cat(z)[..., channels["features"]].mean(1)
+            gaussians = []
+            for x in (fake, real):
+                count, mean, scatter = moments(x)
+                gaussians += [mean.cpu(), scatter.cpu() / (count - 1)]
+            distances[str(steps)] = frechet_distance(*gaussians)
+    means = {f"loss_{name}": float(np.mean([loss for _, loss in curve])) for name, curve in curves.items()}
+    report(args, {"of": str(path), "images": len(y), **means, "frechet_by_steps": distances,
+                  "loss_by_t": curves}, figures.line_chart(curves, f"{path}: flow loss by t", "t"))
+
+
 # -- Mean velocity fields of two classes, entangled and separated (figure 4b) ------------------------------
 
 BLOBS = torch.tensor([[x, y] for x in (-2.0, 2.0) for y in (-0.8, 0.0, 0.8)])  # two groups of three
@@ -671,8 +728,8 @@ def pca(args, device):
 
 # -- The command -------------------------------------------------------------------------------------------
 
-PROBES = {"classify": classify, "segment": dense, "depth": dense, "space": space, "pca": pca, "toy": toy,
-          "pixels": pixels}
+PROBES = {"classify": classify, "segment": dense, "depth": dense, "space": space, "flow": flow, "pca": pca,
+          "toy": toy, "pixels": pixels}
 PRECISION = "bf16" if torch.cuda.is_available() else "fp32"
 TINY = {"ae": shapes.DEMO_PT, "size": shapes.SIZE, "workers": 0}
 DEMO = {  # the defaults that --demo replaces
@@ -681,6 +738,7 @@ DEMO = {  # the defaults that --demo replaces
                 "outputs": 1 + len(shapes.CLASSES), "least_scale": 1.0},
     "depth": {**TINY, "lr": 2e-3, "epochs": 5, "width": 64},
     "space": {**TINY, "ae": [shapes.DEMO_PT], "images": 500},
+    "flow": {"data": "shapes://val", "ckpt": shapes.DEMO_PT, "workers": 0},
 }
 
 
@@ -757,6 +815,18 @@ def parse_args():
     add("--encode-batch", type=runs.positive, default=64, help="images encoded at a time")
     add("--images", type=runs.positive, default=1000, help="images in all, shared by the classes")
     add("--classes", type=runs.positive, default=20, help="of the data's, evenly spaced among them")
+
+    command, add = add_probe("flow")
+    add_model_flags(add)
+    add("--data", default="data/imagenet/val", help=LAYOUTS["space"] + ", not those of the training")
+    add("--images", type=runs.positive, default=1000, help="images of them, and samples")
+    add("--steps", type=runs.positive, nargs="+", default=[5, 25], help="Euler steps of the samples")
+    add("--guidance", type=runs.number(0, 1000), default=1.0, help="guidance scale of the samples; 1: none")
+    add("--shift", type=runs.number(above=0), default=0.15, help="timestep shift in sampling")
+    add("--train-shift", type=runs.number(above=0), default=0.4, help="timestep shift of the loss's times")
+    add("--encode-batch", type=runs.positive, default=64, help="images at a time")
+    add("--workers", type=runs.not_negative, default=8, help="data loading processes")
+    add("--precision", choices=("fp32", "bf16"), default=PRECISION, help="of the models' arithmetic")
 
     command, add = add_probe("pca")
     add_model_flags(add)

@@ -1029,8 +1029,8 @@ def drop_labels(y, num_classes, rate, uniform):
     return torch.where(uniform < rate, num_classes, y)
 
 
-def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
-    """Return the mean squared error of the velocity per image [B], for normalised latents [B, N, C].
+def flow_error(model, latents, y, shift=0.4, u=None, noise=None):
+    """Return the squared error [B, N, C] of the velocity, for normalised latents [B, N, C].
 
     x_t = (1-t) noise + t data, target = data - noise, t = shift_time(u), u uniform in [0, 1] (paper, eq. 1-3,
     with t reversed).
@@ -1040,7 +1040,12 @@ def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
     t = shift_time(u, shift)
     x_t = (1 - t.view(-1, 1, 1)) * noise + t.view(-1, 1, 1) * latents
     velocity = model(x_t, t, y).float()
-    return (velocity - (latents - noise)).square().mean((1, 2))
+    return (velocity - (latents - noise)).square()
+
+
+def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
+    """Return the mean squared error of the velocity per image [B]; arguments as flow_error's."""
+    return flow_error(model, latents, y, shift, u, noise).mean((1, 2))
 
 
 def euler_times(steps, shift):
