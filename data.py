@@ -368,23 +368,32 @@ class Cached(torch.utils.data.Dataset):
         return np.array(row["latents"]), int(row["label"]), -1
 
 
-def cache_latents(folder, dataset, encode, about, batch, workers, device, report):
-    """Encode a dataset and its mirror images once, in half precision, and return it as a dataset of latents.
+def cache_state(folder, about):
+    """Return what a folder of cached latents says of them; {} if it is new or empty.
 
-    encode(images [B, 3, H, W]) -> [B, N, C]; about: what its answer depends on, beside the data; batch:
-    images at a time and process; report(dataset, indices): is told of corrupt images. Writes latents.npy,
-    records of "latents", float16 [2, N, C], and "label", and cache.json. A stopped run goes on where it was.
-    Raises UserError for the latents of something else.
+    about: what the latents depend on. Raises UserError for those of something else.
     """
     folder = Path(folder)
-    about = {**about, "data": dataset_fingerprint(dataset)}
     state = files.read_json(folder / "cache.json")
     if folder.exists() and not state and set(os.listdir(folder)) - {runs.LOCK}:
         raise UserError(f"--cache {folder} is not empty and holds no latents: give another folder")
     stale = [name for name in about if state and about[name] != state.get(name)]
     if stale:
-        raise UserError(f"--cache {folder} was made with other {', '.join(stale)}: remove it, or give "
+        raise UserError(f"--cache {folder} is stale, made with other {', '.join(stale)}: remove it, or give "
                         f"another folder")
+    return state
+
+
+def cache_latents(folder, dataset, encode, about, batch, workers, device, report):
+    """Encode a dataset and its mirror images once, in half precision, and return it as a dataset of latents.
+
+    encode(images [B, 3, H, W]) -> [B, N, C]; about: what its answer depends on, dataset_fingerprint among it;
+    batch: images at a time and process; report(dataset, indices): is told of corrupt images. Writes
+    latents.npy, records of "latents", float16 [2, N, C], and "label", and cache.json. A stopped run goes on
+    where it was.
+    """
+    folder = Path(folder)
+    state = cache_state(folder, about)
     runs.barrier()  # every process has read the state before the first one changes it
     if state.get("encoded") != len(dataset):
         if runs.rank() == 0:

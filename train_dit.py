@@ -117,6 +117,10 @@ def main():
     else:
         dataset = data.open_data(args.data, ae.image_size, seed=args.seed)
         classes = dataset.classes
+        if args.cache:
+            cache_of = {"autoencoder": ae.fingerprint, "precision": args.precision,
+                        "data": data.dataset_fingerprint(dataset)}
+            data.cache_state(args.cache, cache_of)  # refuses a stale one
         run = runs.Run("dit", args, {"trained_on": ae.fingerprint, "num_classes": len(classes),
                                      **data.dataset_identity(dataset)})
         say_autoencoder(ae, ae_path)
@@ -206,11 +210,10 @@ def main():
             ae.set_latent_stats(*files.load_latent_stats(args.latent_stats))
         ae.latent_std[ae.feature_channels:] /= args.residual_scale  # travels with the checkpoint
     if args.cache:
-        # Moments depend on the alignment, which may have been measured just now, but not on mean and std.
-        own = {"autoencoder": ae.fingerprint, "alignment": getattr(ae, "alignment", torch.tensor(0)).tolist(),
-               "precision": args.precision}
+        # The alignment may have been measured just now; mean and std do not enter what is cached.
+        cache_of["alignment"] = [f"{value:.2g}" for value in ae.statistics().get("alignment", ())]
         with runs.autocast(device, args.precision):
-            dataset = data.cache_latents(args.cache, dataset, ae.moments, own, local_batch, args.workers,
+            dataset = data.cache_latents(args.cache, dataset, ae.moments, cache_of, local_batch, args.workers,
                                          device, run.report_corrupt)
     preview_labels = torch.arange(16, device=device) % len(classes)
     preview_noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)

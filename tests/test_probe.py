@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+import data
+import fid
 import figures
 import probe
 import shapes
@@ -294,6 +296,34 @@ class Spaces(ProbeCase):
             u, s, _ = np.linalg.svd(y.numpy() - y.numpy().mean(0), full_matrices=False)
             np.testing.assert_allclose(figures.principal(y, 2).abs().numpy(), np.abs(u * s)[:, :2],
                                        rtol=1e-2, atol=1e-2)
+
+    def test_flow_splits_the_loss_by_time_and_channels_and_measures_the_samples_features(self):
+        numbers = self.numbers("flow --demo --images 60 --steps 1 25 --seed 3")
+        sit = svg.load_sit(shapes.DEMO_PT)
+        ae = svg.load_autoencoder(shapes.DEMO_PT)
+        dataset = shapes.dataset("shapes://val")
+        chosen = np.linspace(0, 2000, 60, endpoint=False).astype(int).tolist()
+        images = torch.from_numpy(np.stack([dataset[i, 0][0] for i in chosen]))
+        y = torch.tensor([i % 10 for i in chosen])
+        with torch.no_grad():
+            z = ae.normalize(ae.encode(data.to_float(images, "cpu")))
+            noise = svg.sample_noise(3, range(60), z.shape[1:])
+            whole = []
+            for i in range(10):
+                u = torch.full((60,), (i + 0.5) / 10)
+                whole.append(svg.flow_loss(sit, z, y, 0.4, u, noise).mean().item())
+                t = svg.shift_time((i + 0.5) / 10, 0.4)
+                error = sit((1 - t) * noise + t * z, torch.full((60,), t), y) - (z - noise)
+                for name, part in (("features", error[..., :64]), ("residual", error[..., 64:])):
+                    self.assertAlmostEqual(numbers["loss_by_t"][name][i][0], t, 3)
+                    self.assertAlmostEqual(numbers["loss_by_t"][name][i][1], part.square().mean().item(), 3)
+            split = (64 * numbers["loss_features"] + 8 * numbers["loss_residual"]) / 72
+            self.assertAlmostEqual(split, np.mean(whole), 3)
+            fake = svg.euler_sample(sit, noise, y, 25)[..., :64].mean(1).numpy()
+            real = z[..., :64].mean(1).numpy()
+        expected = fid.frechet_distance(fake.mean(0), np.cov(fake.T), real.mean(0), np.cov(real.T))
+        self.assertAlmostEqual(numbers["frechet_by_steps"]["25"] / expected, 1, 2)
+        self.assertLess(numbers["frechet_by_steps"]["25"], numbers["frechet_by_steps"]["1"])
 
     def test_pca_shows_an_image_or_a_sample_at_the_chosen_times(self):
         write_pictures("in", 2)

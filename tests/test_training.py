@@ -27,6 +27,7 @@ from tests.helpers import (
     MINI_DIT,
     REAL_DATA,
     Case,
+    demo_images,
     ok,
     pictures,
     read_log,
@@ -122,6 +123,78 @@ class Commands(Case):
         self.assertEqual(read_log("ae")[-1]["corrupt"], 1)
 
 
+class Cache(Case):
+    def setUp(self):
+        super().setUp()
+        for name in ("train/a", "train/b"):
+            write_pictures(name, 10, first=ord(name[-1]))
+        self.command = (f"{MINI_DIT} --data train --ae {trained()}/runs/demo-ae/last.pt --steps 3 "
+                        "--label-dropout 0.5 --name")
+
+    def losses(self, name):
+        return [entry["loss"] for entry in read_log(name)]
+
+    def test_cached_latents_give_the_losses_of_images_within_half_precision(self):
+        ok(self.command, "images")
+        ok(self.command, "cached", "--cache", "cache")
+        rows = np.load("cache/latents.npy", mmap_mode="r")
+        ae = svg.load_autoencoder(trained() / "runs/demo-ae/last.pt")
+        dataset = data.open_data("train", 32)
+        images = data.to_float(torch.stack([torch.from_numpy(dataset[i, 0][0]) for i in range(20)]), "cpu")
+        for flip, x in enumerate((images, images.flip(-1))):
+            with torch.no_grad():
+                expected = ae.encode(x)
+            error = (torch.from_numpy(rows["latents"][:, flip].astype(np.float32)) - expected).abs()
+            self.assertLess((error / (expected.abs() + 0.01)).max(), 2 ** -10)
+        self.assertEqual(rows["label"].tolist(), [0] * 10 + [1] * 10)
+        with mock.patch.object(svg.Autoencoder, "encode", side_effect=AssertionError("encoded again")):
+            ok(self.command, "again", "--cache", "cache")
+        self.assertEqual(self.losses("again"), self.losses("cached"))
+        shell(self.command, "two", "--cache", "cache2", processes=2)
+        np.testing.assert_allclose(rows["latents"].astype(np.float32),  # in batches of 4 and 8
+                                   np.load("cache2/latents.npy")["latents"].astype(np.float32), 2e-3, 2e-3)
+        for name in ("cached", "two"):
+            np.testing.assert_allclose(self.losses(name), self.losses("images"), 1e-3)
+
+    def test_an_interrupted_encoding_goes_on_where_it_was(self):
+        ok(self.command, "whole", "--cache", "whole")
+        encoded = []
+
+        def encode(self, images, real=svg.Autoencoder.encode):
+            encoded.append(len(images))
+            if len(encoded) == 5:
+                raise KeyboardInterrupt
+            return real(self, images)
+
+        # A record after every batch of 8, here after the first: 1 to learn the shape, 2 x 8, the third at 5.
+        with mock.patch.object(svg.Autoencoder, "encode", encode):
+            self.assertEqual(run(self.command, "halves", "--cache", "halves")[0], 130)
+            self.assertEqual(json.loads(Path("halves/cache.json").read_text())["encoded"], 8)
+            ok(self.command, "halves", "--cache", "halves")
+        self.assertEqual(encoded[5:], [1, 8, 8, 4, 4])
+        self.assertEqual(*(Path(name, "latents.npy").read_bytes() for name in ("whole", "halves")))
+        self.assertEqual(sorted(os.listdir("halves")), ["cache.json", "latents.npy"])
+
+    def test_a_stale_or_foreign_cache_is_refused(self):
+        ok(self.command, "first", "--cache", "cache")
+        for key, flags in (("precision", "--precision bf16"), ("autoencoder", f"--ae {shapes.DEMO_PT}")):
+            self.refused(f"{self.command} new --cache cache {flags}", "--cache cache is stale", key, "remove")
+        self.refused(f"{self.command} new --cache train", "--cache train", "holds no latents")
+        shutil.copytree("train", "grown", copy_function=shutil.copy2)
+        ok(f"{self.command} grown --data grown --cache cache")  # the same files elsewhere
+        shutil.copy("grown/a/1.png", "grown/a/0.png")
+        self.refused(f"{self.command} new --data grown --cache cache", "--cache cache is stale", "other data")
+        with open("cache/latents.npy", "r+b") as file:
+            file.truncate(5000)
+        code, _, err = run(self.command, "new", "--cache", "cache")
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("--cache cache: damaged", err)
+        with mock.patch("shutil.disk_usage", lambda _: mock.Mock(free=1000)):
+            code, _, err = run(self.command, "new", "--cache", "cache3")
+        self.assertEqual((code, err.count("\n")), (2, 1))
+        self.assertIn("more than the disk has", err)
+
+
 class Training(Case):
     """What a run of a week leans on: equal numbers however it is cut up; no fault costs more than a save."""
 
@@ -175,6 +248,21 @@ class Training(Case):
         moved = {name for i, name in enumerate(names) if residual[i]["exp_avg"].any()}
         self.assertTrue(any(name.startswith("decoder.") for name in moved))
         self.assertFalse(any(name.startswith("residual") for name in moved))
+
+    def test_residual_scale_is_the_deviation_of_the_residual_that_the_transformer_sees(self):
+        self.train("one", steps=1)
+        self.train("three", "--residual-scale", 3, steps=1)
+        ok("sample --steps 1 --num 2 --ckpt runs/three/last.pt")
+        one, three = (svg.load_sit(f"runs/{name}/last.pt").meta["latent_std"] for name in ("one", "three"))
+        self.assertTrue(torch.equal(one[:64], three[:64]))
+        self.close(one[64:] / three[64:], torch.full((8,), 3.0))
+        ae = svg.load_autoencoder(trained() / "runs/demo-ae/last.pt")
+        with torch.no_grad():
+            latents = ae.encode(demo_images(64))
+            plain = ae.normalize(latents)
+            ae.load_statistics(svg.load_sit("runs/three/last.pt").meta)
+            self.close(ae.normalize(latents)[..., 64:], 3 * plain[..., 64:])
+            self.close(ae.denormalize(ae.normalize(latents)), latents)  # samples come back at their own scale
 
     def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(self):
         p = torch.nn.Parameter(torch.ones(3))

@@ -281,6 +281,14 @@ class Programs(Case):
         np.testing.assert_allclose(losses["parts"], losses["whole"], 1e-5)
         self.assertEqual(losses["resumed"], losses["whole"])
 
+    def test_the_cache_keeps_the_posterior_of_which_training_draws(self):
+        ok(self.TRAIN + " --steps 3 --name images")
+        ok(self.TRAIN + " --steps 3 --name cached --cache cache")
+        images, cached = ([entry["loss"] for entry in read_log(name) if "loss" in entry]
+                          for name in ("images", "cached"))
+        np.testing.assert_allclose(cached, images, 1e-3)
+        self.refused(self.TRAIN + " --steps 1 --name new --residual-scale 3", "--residual-scale 3", "vae.pt")
+
     def test_training_sees_samples_and_not_means(self):
         ok(self.TRAIN + " --steps 1 --name wide")
         narrow = tiny_weights()
