@@ -641,6 +641,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by cluste
 MAX_SKIPPED = 20  # steps in a row without a finite gradient after which training stops
 CHECKPOINTS = {  # stage: kind of its checkpoints, the key of what they were trained on, what else they hold
     "ae": ("autoencoder", "encoder_file", {"disc": dict, "opt_disc": dict, "fingerprint": str}),
+    "vae": ("vae", None, {"disc": dict, "opt_disc": dict, "fingerprint": str}),
     "dit": ("sit", "autoencoder", {"ema": dict, "latent_mean": torch.Tensor, "latent_std": torch.Tensor})}
 
 
@@ -753,11 +754,12 @@ class Run:
         kind, parent, more = CHECKPOINTS[self.stage]
         if checkpoint.get("kind") != kind:
             raise UserError(f"{self.last} is not of this stage")
-        files.check_fields(checkpoint, {"step": int, "model": dict, "opt": dict, parent: dict, **more},
-                           self.last)
+        if parent:
+            more = {**more, parent: dict}
+        files.check_fields(checkpoint, {"step": int, "model": dict, "opt": dict, **more}, self.last)
         if type(checkpoint["step"]) is not int or checkpoint["step"] < 0:
             raise UserError(f"{self.last}: a damaged checkpoint: its step is {checkpoint['step']}")
-        if checkpoint[parent].get("fingerprint") != self.facts["trained_on"]:
+        if parent and checkpoint[parent].get("fingerprint") != self.facts["trained_on"]:
             raise UserError(f"{self.last} was trained on another {parent.split('_')[0]}")
 
     def on_signal(self, signal_number, _):

@@ -441,6 +441,21 @@ class Decoder(nn.Module):
 
 # -- The autoencoder: image <-> latent ---------------------------------------------------------------------
 
+def pixels_per_token(image_size, grid):
+    """Return image_size / grid, the pixels of a token and side; UserError if that is no power of two."""
+    ratio = image_size // grid
+    if grid * ratio != image_size or ratio & (ratio - 1):
+        raise UserError(f"--image-size {image_size} over --grid {grid} is not a power of two; "
+                        f"256 goes with 16, 64 with 8")
+    return ratio
+
+
+def level_factors(ratio):
+    """Return a decoder's width at each level in units of that at full resolution: (1, 1, 2, 2, 4) for 16."""
+    levels = int(math.log2(ratio)) + 1
+    return ((1,) * levels + (1, 2, 2, 4))[-levels:]
+
+
 class LatentStatistics(nn.Module):
     """The mean and std [C] of an autoencoder's latents, its buffers latent_mean and latent_std."""
     fingerprint = None  # of the file it came from
@@ -486,6 +501,11 @@ class LatentStatistics(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
+    def expectations(self, images):
+        """Return the expected latents [B, N, C] of images, not aligned, and their expected squares."""
+        latents = self.encode(images, align="none").double()
+        return latents, latents.square()
+
     @torch.no_grad()
     def measure_moments(self, batches):
         """Return mean and std [C] of the latents, not aligned, of images on all ranks; ends in eval.
@@ -495,8 +515,8 @@ class LatentStatistics(nn.Module):
         self.eval()
         sums = torch.zeros(2 * self.channels + 1, dtype=torch.float64)
         for images in batches:
-            latents = self.encode(images, align="none").flatten(0, 1).cpu().double()
-            sums += torch.cat([latents.sum(0), latents.square().sum(0), torch.tensor([len(latents)])])
+            latents, squares = (x.flatten(0, 1).cpu().double() for x in self.expectations(images))
+            sums += torch.cat([latents.sum(0), squares.sum(0), torch.tensor([len(latents)])])
         sums = all_reduce(sums)
         mean, square = (sums[:-1] / sums[-1]).view(2, -1)
         return mean, (square - mean.square()).clamp(min=1e-12).sqrt()
@@ -519,20 +539,16 @@ class Autoencoder(LatentStatistics):
                  decoder=None, feature_channels=None, align="batch"):
         super().__init__()
         grid = grid or image_size // 16
-        ratio = image_size // grid
-        if grid * ratio != image_size or ratio & (ratio - 1):
-            raise UserError(f"--image-size {image_size} over --grid {grid} is not a power of two; "
-                            f"256 goes with 16, 64 with 8")
+        ratio = pixels_per_token(image_size, grid)
         self.encoder = encoder
         self.image_size = image_size
         self.grid = grid
-        self.ratio = ratio  # pixels per token and side
+        self.ratio = ratio
         self.mask_ratio = mask_ratio
         self.feature_channels = encoder.dim if encoder else feature_channels
         self.channels = self.feature_channels + residual_channels
         residual = {"dim": 384, "depth": 6, "heads": 8, "dropout": 0.1, **(residual or {})}
-        levels = int(math.log2(ratio)) + 1
-        decoder = {"ch": 128, "ch_mult": ((1,) * levels + (1, 2, 2, 4))[-levels:], **(decoder or {})}
+        decoder = {"ch": 128, "ch_mult": level_factors(ratio), **(decoder or {})}
         self.config = {"residual_channels": residual_channels, "image_size": image_size, "grid": grid,
                        "mask_ratio": mask_ratio, "residual": residual, "decoder": decoder,
                        "feature_channels": self.feature_channels, "align": align}
@@ -708,22 +724,23 @@ class VAEEncoder(nn.Module):
 class VAE(LatentStatistics):
     """SD-VAE (f8d4), VA-VAE (f16d32) and their like, used as an Autoencoder is; LDM's parameter names.
 
-    A token stands for 16 x 16 pixels: 2 x 2 cells of an f8 map (SiT's patch size 2), one of an f16 map. Its
-    channels are in the order of pixel_unshuffle: map channel by map channel, each row by row. ch, ch_mult,
-    attention: as Decoder's. Statistics, reconstructions and probes are of the posterior's mean.
+    A token stands for 16 x 16 pixels, if grid, the tokens per side, does not say otherwise: 2 x 2 cells of an
+    f8 map (SiT's patch size 2), one of an f16 map. Its channels are in the order of pixel_unshuffle: map
+    channel by map channel, each row by row. ch, ch_mult, attention: as Decoder's. Statistics are those of the
+    posterior's samples, reconstructions and probes are of its mean.
     """
 
-    def __init__(self, z_channels, ch, ch_mult, attention, image_size=256):
+    def __init__(self, z_channels, ch, ch_mult, attention, image_size=256, grid=None):
         super().__init__()
         factor = 2 ** (len(ch_mult) - 1)
-        self.patch = max(1, 16 // factor)  # cells per token and side
-        self.ratio = factor * self.patch  # pixels per token and side
+        self.ratio = pixels_per_token(image_size, grid) if grid else max(16, factor)
+        self.patch = self.ratio // factor  # cells per token and side
         self.image_size = image_size
         self.grid = image_size // self.ratio
         self.channels = z_channels * self.patch ** 2
         self.feature_channels = self.channels  # all come from the encoder, there is no residual
         self.config = {"z_channels": z_channels, "ch": ch, "ch_mult": ch_mult, "attention": attention,
-                       "image_size": image_size}
+                       "image_size": image_size, "grid": grid}
         self.aligned = True  # nothing to align
         self.encoder = VAEEncoder(z_channels, ch, ch_mult, attention)
         self.quant_conv = nn.Conv2d(2 * z_channels, 2 * z_channels, 1)
@@ -749,6 +766,10 @@ class VAE(LatentStatistics):
         mean, std = moments.chunk(2, -1)
         return mean + std * noise
 
+    def expectations(self, images):
+        mean, std = self.moments(images).double().chunk(2, -1)
+        return mean, mean.square() + std.square()
+
     def encode(self, images, align=None, sample=None, noise=None):
         """Return latents [B, N, C] of images [B, 3, H, W]: a sample of the posterior, or its mean.
 
@@ -768,6 +789,19 @@ class VAE(LatentStatistics):
         grid = grid or [math.isqrt(latents.shape[1])] * 2
         patches = latents.unflatten(1, grid).permute(0, 3, 1, 2)  # [B, C, h, w]
         return self.decoder(self.post_quant_conv(F.pixel_shuffle(patches, self.patch)))
+
+    def forward(self, images, masked=None):
+        """Return the reconstruction [B, 3, H, W] of images; in training of a sample, and its KL divergence.
+
+        The divergence of the posterior from N(0, 1) is summed over an image's latents, averaged over images.
+        masked: ignored, there is no residual.
+        """
+        grid = [n // self.ratio for n in images.shape[-2:]]
+        if not self.training:
+            return self.decode(self.encode(images), grid)
+        mean, logvar = self.posterior(images)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2)).mean()
+        return self.decode(mean + (logvar / 2).exp() * torch.randn_like(mean), grid), kl
 
     def to_checkpoint(self):
         """Return what a checkpoint holds of this model."""

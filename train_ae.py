@@ -3,6 +3,7 @@
     torchrun --nproc_per_node=8 train_ae.py --data imagenet/train  # paper's recipe: batch 512, 100K steps
     python train_ae.py --demo                                      # tiny sizes on built-in data, two cores
     python train_ae.py --batch 64 --bench 20                       # speed and memory, without any file
+    python train_ae.py --vae 32 --data imagenet/train              # the control: a KL-VAE of the same losses
 
 Loss (the authors' code): sum over pixels of |x - y| + LPIPS(x, y), plus an adaptively weighted PatchGAN hinge
 loss from step --disc-start on. Writes runs/<name>/: config.json, log.jsonl, loss.png, last.pt, numbered
@@ -143,6 +144,9 @@ def parse_args():
     parser = runs.Parser(__doc__, DEMO)
     runs.add_training_flags(parser, "ae", batch=512, lr=1e-4, steps=100_000)
     add = parser.add_argument
+    add("--vae", type=runs.positive, metavar="CHANNELS", help="in place of SVG's autoencoder train a KL-VAE "
+        "of so many channels, with the same decoder and losses, as a control for stage 2")
+    add("--kl", type=runs.number(), default=1e-6, help="weight of the KL divergence of a --vae (LDM's)")
     add("--encoder", default="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
         help="frozen encoder: a path, or a file in the weights folder, to which these are downloaded: "
         f"{', '.join(files.OPEN_ENCODERS)}; DINOv3 in sizes S, S+, B, L you put there yourself")
@@ -166,6 +170,12 @@ def parse_args():
     args = parser.parse_args()
     if args.residual_channels == 0 and args.align == "none":
         raise UserError("--align none does nothing with --residual-channels 0: leave one of them out")
+    idle = ("encoder", "residual_channels", "align", "mask_ratio", "residual_dim", "residual_depth",
+            "residual_dropout") if args.vae else ("kl",)
+    for name in idle:
+        if getattr(args, name) != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} does nothing {'with' if args.vae else 'without'} --vae: leave it out")
     return args
 
 
@@ -182,7 +192,7 @@ def open_encoder(args):
 
 
 def build_autoencoder(encoder, args):
-    """Return a new autoencoder of the size that the flags ask for."""
+    """Return a new autoencoder, or KL-VAE, of the size that the flags ask for."""
     heads = max(1, args.residual_dim // 48)
     if args.residual_dim % heads:
         raise UserError(f"--residual-dim {args.residual_dim}: give a multiple of 48, or less than 96")
@@ -197,6 +207,10 @@ def build_autoencoder(encoder, args):
             raise UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each level from "
                             f"--image-size {args.image_size} to --grid {args.grid}")
         decoder["ch_mult"] = factors
+    if args.vae:
+        factors = svg.level_factors(svg.pixels_per_token(args.image_size, args.grid))
+        return svg.VAE(args.vae, **{"ch_mult": factors, **decoder}, attention=True,
+                       image_size=args.image_size, grid=args.grid)
     return svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid, args.mask_ratio,
                            residual, decoder, align=args.align)
 
@@ -210,7 +224,7 @@ def main():
 
     # Models and optimisers.
     torch.manual_seed(args.seed)  # every rank starts from the same weights
-    encoder = open_encoder(args)
+    encoder = None if args.vae else open_encoder(args)
     model = build_autoencoder(encoder, args)
     lpips = None
     if args.lpips:
@@ -223,9 +237,12 @@ def main():
     opt = torch.optim.Adam(model.parameters(), args.lr, betas=(0.5, 0.9), fused=fused)
     opt_disc = torch.optim.Adam(disc.parameters(), args.lr, betas=(0.5, 0.9), fused=fused)
     if args.compile:
-        runs.compile_blocks(encoder.vit)
-        if args.residual_channels:
-            runs.compile_blocks(model.residual)
+        if args.vae:
+            model.encoder.compile(dynamic=False)
+        else:
+            runs.compile_blocks(encoder.vit)
+            if args.residual_channels:
+                runs.compile_blocks(model.residual)
         model.decoder.features = torch.compile(model.decoder.features, dynamic=False)
         disc.compile(dynamic=False)
         if lpips:
@@ -238,7 +255,7 @@ def main():
     def train_step(step, images):
         """Step both optimisers on uint8 images [B, H, W, 3]: losses, gradient norm, whether skipped."""
         runs.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
-        masked = torch.rand(args.batch, device=device)[mine][:len(images)] < model.mask_ratio
+        masked = torch.rand(args.batch, device=device)[mine][:len(images)] < args.mask_ratio
         runs.seed_step(args.seed, step, 1 + runs.rank())  # for dropout
         images = data.to_float(images, device)
         adversarial = args.gan > 0 and step + 1 >= args.disc_start
@@ -249,12 +266,21 @@ def main():
             part = len(x) / len(images)
             # Autoencoder.
             with runs.autocast(device, args.precision):
-                y = parallel_model(x, mask).float()
+                if args.vae:
+                    y, kl = parallel_model(x, mask)
+                else:
+                    y = parallel_model(x, mask)
+                y = y.float()
                 nll, l1, perceptual = reconstruction_loss(x, y, lpips, args.lpips)
                 disc.requires_grad_(False)
                 g_loss = -disc(y).float().mean() if adversarial else None
                 disc.requires_grad_(True)
-            y.backward(part * generator_gradient(y, nll, g_loss, args.gan, last_layer))
+            outputs = [y]
+            gradients = [part * generator_gradient(y, nll, g_loss, args.gan, last_layer)]
+            if args.vae:
+                outputs.append(kl)
+                gradients.append(torch.full_like(kl, part * args.kl))
+            torch.autograd.backward(outputs, gradients)
             # Discriminator.
             d_loss = torch.zeros_like(l1)
             if adversarial:
@@ -281,10 +307,14 @@ def main():
 
     # Data, and the run to resume.
     dataset = data.open_data(args.data, args.image_size, random_crop=True, seed=args.seed)
-    run = runs.Run("ae", args, {"trained_on": encoder.fingerprint, **data.dataset_identity(dataset)})
-    parts = {"residual": model.residual} if args.residual_channels else {}
+    identity = data.dataset_identity(dataset)
+    if args.vae:
+        run = runs.Run("vae", args, identity)
+    else:
+        run = runs.Run("ae", args, {"trained_on": encoder.fingerprint, **identity})
     runs.say_start(device, args.precision, runs.describe(dataset, args.data),
-                   runs.millions(encoder=encoder, **parts, decoder=model.decoder), f"writes {run.path}/")
+                   runs.millions(encoder=model.encoder, residual=getattr(model, "residual", None),
+                                 decoder=model.decoder), f"writes {run.path}/")
     step = 0
     checkpoint = run.resume()
     if checkpoint:
@@ -305,7 +335,7 @@ def main():
 
     def save(stop):
         """Measure the statistics, unless a signal came or comes, and save; return whether to stop."""
-        running = model.alignment.clone()
+        running = None if args.vae else model.alignment.clone()
         if not stop:
             some_images = data.spread_batches(centred, args.stats_images, local_batch, args.workers, device)
             with runs.autocast(device, args.precision):
@@ -313,7 +343,8 @@ def main():
             model.train()
             stop = run.stopped()
         if stop:  # seconds may be left; stage 2, or the same command, measures what is missing
-            model.alignment.copy_(running)
+            if not args.vae:
+                model.alignment.copy_(running)
             model.latent_mean.zero_()
         run.save({**model.to_checkpoint(), "step": step, "disc": disc.state_dict(),
                   "opt": opt.state_dict(), "opt_disc": opt_disc.state_dict()})

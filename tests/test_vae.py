@@ -18,6 +18,7 @@ from files import UserError
 from tests.helpers import (
     MANIFESTS,
     Case,
+    demo_images,
     formula,
     image,
     normal,
@@ -213,20 +214,68 @@ class Posterior(Case):
             self.assert_same(latents[0, 6 + 2], cells[:, 4:8, 8:12].flatten())  # row 1, column 2
             self.close(ae.decode(latents, (4, 6)), ae.decoder(ae.post_quant_conv(cells[None])))
 
-    def test_measured_statistics_are_those_of_the_means(self):
+    def test_measured_statistics_are_those_of_the_samples(self):
         torch.save(tiny_weights(), "vae.pt")
         ae, x = svg.load_autoencoder("vae.pt"), image(1, (8, 3, 64, 64))
         self.assertEqual((ae.measured, ae.aligned), (False, True))
         ae.measure_statistics(x.split(4))
-        latents = ae.normalize(ae.encode(x)).flatten(0, 1)
-        self.close(latents.mean(0), torch.zeros(32), 1e-3)
-        self.close(latents.std(0, correction=0), torch.ones(32), 1e-3)
+        with torch.no_grad():
+            moments = ae.moments(x)
+        mean, std = moments.flatten(0, 1).chunk(2, -1)
+        self.close(ae.latent_mean, mean.mean(0), 1e-3)
+        self.close(ae.latent_std, (mean.var(0, correction=0) + std.square().mean(0)).sqrt(), 1e-3)
+        samples = torch.cat([ae.draw(moments, normal(i, 8, 16, 32)).flatten(0, 1) for i in range(200)])
+        self.close(ae.latent_mean, samples.mean(0), 0.03)
+        self.close(ae.latent_std, samples.std(0), 0.03)
+
+
+class Control(Case):
+    """train_ae.py --vae: a KL-VAE by the losses of stage 1."""
+
+    TRAIN = ("train_ae --demo --batch 8 --stats-images 16 --log-every 1 --gan 0.5 --disc-start 2 --vae 4 "
+             "--name")
+
+    def test_the_reconstruction_is_of_a_sample_and_the_divergence_that_of_torch(self):
+        ae, x = svg.VAE(2, 32, [1, 1, 2], True, image_size=32, grid=4), image(1, (3, 3, 32, 32))
+        self.assertEqual((ae.ratio, ae.patch, ae.channels), (8, 2, 8))
+        torch.manual_seed(7)
+        with torch.no_grad():
+            y, kl = ae(x)
+            mean, logvar = ae.posterior(x)
+            posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
+            expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1))
+            self.close(kl, expected.sum((1, 2)).mean(), 1e-4)
+            torch.manual_seed(7)
+            self.assert_same(y, ae.decode(ae.encode(x)))
+            self.assert_same(ae.eval()(x), ae.decode(mean))
+
+    def test_it_trains_resumes_and_serves_stage_2(self):
+        ok(self.TRAIN, "whole", "--steps", 4)
+        ok(self.TRAIN, "halves", "--steps", 2)
+        ok(self.TRAIN, "halves", "--steps", 4)
+        whole, halves = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("whole", "halves"))
+        self.assert_same(whole, halves)
+        ok(self.TRAIN, "strict", "--steps", 4, "--kl", 10)
+        images = demo_images(32)
+        with torch.no_grad():
+            strict, free = (svg.load_autoencoder(f"runs/{name}/last.pt").posterior(images)
+                            for name in ("strict", "whole"))
+        self.assertLess(strict[0].square().mean(), free[0].square().mean())  # nearer to N(0, 1)
+        loss = ok("train_dit --demo --model 1,32,2 --ae runs/whole/last.pt --name dit --steps 1")
+        self.assertAlmostEqual(float(re.search(r"loss ([\d.]+)", loss)[1]), 2, delta=0.2)  # of unit variance
+        ok("sample --ckpt runs/dit/last.pt --num 2 --steps 2")
+        for flags, words in (("--align none", "--align"), ("--encoder x", "--encoder"),
+                             ("--residual-channels 0", "--residual-channels")):
+            self.refused(f"{self.TRAIN} new {flags}", words, "does nothing with --vae")
+        self.refused("train_ae --demo --kl 1", "--kl does nothing without --vae")
+        with self.assertRaisesRegex(UserError, "--grid 5 is not a power of two"):
+            svg.VAE(4, 32, [1, 1], True, image_size=32, grid=5)
 
 
 class Programs(Case):
     def setUp(self):
         super().setUp()
-        smaller = mock.patch.object(svg.VAE.__init__, "__defaults__", (64,))  # pixels, instead of 256
+        smaller = mock.patch.object(svg.VAE.__init__, "__defaults__", (64, None))  # pixels, instead of 256
         smaller.start()
         self.addCleanup(smaller.stop)
         torch.save(tiny_weights(), "vae.pt")
@@ -290,12 +339,13 @@ class Programs(Case):
         self.refused(self.TRAIN + " --steps 1 --name new --residual-scale 3", "--residual-scale 3", "vae.pt")
 
     def test_training_sees_samples_and_not_means(self):
-        ok(self.TRAIN + " --steps 1 --name wide")
+        np.savez("stats.npz", mean=np.zeros(32), std=np.ones(32))  # the same for both
+        ok(self.TRAIN + " --steps 1 --latent-stats stats.npz --name wide")
         narrow = tiny_weights()
         narrow["quant_conv.weight"][2:] = 0
         narrow["quant_conv.bias"][2:] = -100  # a posterior without width, of the same mean
         torch.save(narrow, "vae.pt")
-        ok(self.TRAIN + " --steps 1 --name narrow")
+        ok(self.TRAIN + " --steps 1 --latent-stats stats.npz --name narrow")
         (wide,), (narrow,) = ([entry["loss"] for entry in read_log(name) if "loss" in entry]
                               for name in ("wide", "narrow"))
         self.assertGreater(wide, narrow + 0.1)
