@@ -105,8 +105,9 @@ def walk_tree(root, flat=False):
     below the root; times say when each folder last changed.
     """
     images, times = scan(root)
+    start = len(os.path.join(root, ""))  # of the path below it; relpath would take most of the time
     by_class = {}
-    for path in sorted(os.path.relpath(path, root) for path in images):
+    for path in sorted(path[start:] for path in images):
         folder, _, below = path.partition(os.path.sep)
         by_class.setdefault(folder if below else "", []).append(path)
     loose = by_class.pop("", [])
