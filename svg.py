@@ -1053,10 +1053,24 @@ def euler_times(steps, shift):
     return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def guided_velocity(model, x, t, y, guidance):
-    """v_u + guidance * (v_c - v_u) on all channels, conditional and unconditional in one batch of 2B."""
-    unconditional = torch.full_like(y, model.num_classes)
-    v = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, unconditional])).float()
+def is_guided(t, guidance, interval):
+    """Whether guidance by class acts at time t, a number."""
+    return guidance != 1 and interval[0] <= t <= interval[1]
+
+
+def guided_velocity(model, x, t, y, guidance=1.0, guidance_interval=(0.0, 1.0)):
+    """Return the velocity [B, N, C] of x [B, N, C] at time t, a number, for labels y [B], guided by class.
+
+    v_u + guidance * (v_c - v_u) on all channels where t lies in guidance_interval, conditional and
+    unconditional in one batch of 2B; elsewhere v_c.
+    """
+    guided = is_guided(t, guidance, guidance_interval)
+    if guided:
+        x = torch.cat([x, x])
+        y = torch.cat([y, torch.full_like(y, model.num_classes)])
+    v = model(x, torch.full((len(x),), t, device=x.device), y).float()
+    if not guided:
+        return v
     v_c, v_u = v.chunk(2)
     return v_u + guidance * (v_c - v_u)
 
@@ -1073,15 +1087,9 @@ def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=Tru
     x = noise.float()
     times = euler_times(steps, shift) if isinstance(steps, int) else steps
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        t_batch = torch.full((len(x),), t, device=x.device)
-        guided = guidance != 1 and guidance_interval[0] <= t <= guidance_interval[1]
-        if guided and zero_init and i == 0:
-            v = 0.0
-        elif guided:
-            v = guided_velocity(model, x, t_batch, y, guidance)
-        else:
-            v = model(x, t_batch, y).float()
-        x = x + (t_next - t) * v
+        skipped = zero_init and i == 0 and is_guided(t, guidance, guidance_interval)
+        if not skipped:
+            x = x + (t_next - t) * guided_velocity(model, x, t, y, guidance, guidance_interval)
         if after:
             x = after(t_next, x)
     return x
