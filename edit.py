@@ -27,7 +27,7 @@ from files import UserError
 from sample import (
     add_flow_flags,
     add_model_flags,
-    add_zero_init_flag,
+    add_sampler_flags,
     class_numbers,
     find_models,
     images_of,
@@ -270,7 +270,8 @@ def interpolate(args, device):
         if runs.rank() == 0:
             for name, frame in zip(names[kind], frames, strict=True):
                 files.save_image(out / name, frame)
-            title = f"{kind}, class {args.classes[0]}: {args.steps} Euler steps, guidance {args.guidance:g}"
+            title = (f"{kind}, class {args.classes[0]}: {args.steps} {args.sampler.title()} steps, guidance "
+                     f"{args.guidance:g}")
             files.save_image(out / strips[kind], figures.grid_image(frames, len(frames), labels, title))
             print(f"{out}/{kind}-*.png and {out}/{strips[kind]}, by {path}")
 
@@ -322,7 +323,7 @@ def parse_args():
     add_align_flag(add)
 
     command = add_command(redraw, "edit")
-    command.set_defaults(zero_init=False)
+    command.set_defaults(zero_init=False, sampler="euler")
     add = command.add_argument
     add("photo", help="the picture")
     add("--box", type=box, required=True, metavar="X0,Y0,X1,Y1", help="what to redraw, in its pixels")
@@ -343,7 +344,7 @@ def parse_args():
         help="along the great circle, along the line")
     add("--batch", type=runs.positive, default=64, help="images at a time")
     add_flow_flags(add, steps=25, shift=0.15)
-    add_zero_init_flag(add)
+    add_sampler_flags(add)
     add_model_flags(add)
     return parser.parse_args()
 

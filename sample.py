@@ -26,6 +26,8 @@ from files import UserError
 
 # -- Flags and models, also for edit.py and probe.py -------------------------------------------------------
 
+SAMPLERS = {"euler": svg.euler_sample, "heun": svg.heun_sample}
+
 
 def add_model_flags(add):
     """Add the flags that find_models reads."""
@@ -39,7 +41,7 @@ def add_model_flags(add):
 
 def add_flow_flags(add, steps, shift):
     """Add the flags that flow_settings reads."""
-    add("--steps", type=runs.positive, default=steps, help="Euler steps")
+    add("--steps", type=runs.positive, default=steps, help="steps of the sampler")
     add("--guidance", type=runs.number(0, 1000), default=4.0,
         help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
     add("--guidance-interval", type=runs.number(0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
@@ -47,18 +49,30 @@ def add_flow_flags(add, steps, shift):
     add("--shift", type=runs.number(above=0), default=shift, help="timestep shift in sampling")
 
 
-def add_zero_init_flag(add):
-    """Add --no-zero-init, which flow_settings reads too."""
+def add_sampler_flags(add):
+    """Add --sampler, which images_of reads, and --no-zero-init, which flow_settings reads too."""
+    add("--sampler", choices=SAMPLERS, default="euler",
+        help="Heun: second order, two evaluations a step (EDM, arXiv 2206.00364: Euler's FID in fewer of them)")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
 
 
 def flow_settings(args):
-    """Return the flags as arguments of svg.euler_sample; UserError for an empty interval."""
+    """Return the flags as arguments of the samplers; UserError for an empty interval."""
     start, end = args.guidance_interval
     if start > end:
         raise UserError(f"--guidance-interval {start:g} {end:g}: it ends before it starts")
     return {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "zero_init": args.zero_init,
             "guidance_interval": list(args.guidance_interval)}
+
+
+def evaluations(args):
+    """Return how often a sample evaluates the network (NFE); a guided velocity takes two evaluations."""
+    times = svg.euler_times(args.steps, args.shift)
+    first = 1 if args.zero_init and svg.is_guided(0.0, args.guidance, args.guidance_interval) else 0
+    evaluated = times[first:-1]
+    if args.sampler == "heun":
+        evaluated = evaluated + times[first + 1:]
+    return sum(2 if svg.is_guided(t, args.guidance, args.guidance_interval) else 1 for t in evaluated)
 
 
 def newest_run(stage, args):
@@ -121,7 +135,7 @@ def model_record(sit, ae, args):
             "transformer": sit.meta.get("fingerprint") or files.fingerprint(sit.state_dict()),
             "autoencoder": ae.fingerprint,
             "statistics": files.fingerprint({"mean": ae.latent_mean, "std": ae.latent_std}),
-            "precision": args.precision, **flow_settings(args)}
+            "precision": args.precision, "sampler": args.sampler, **flow_settings(args)}
 
 
 # -- Sampling ----------------------------------------------------------------------------------------------
@@ -140,7 +154,7 @@ def parse_args():
         help="classes in turn, or drawn at random")
     add("--seed", type=runs.not_negative, default=0, help="of noise and random labels")
     add_flow_flags(add, steps=25, shift=0.15)
-    add_zero_init_flag(add)
+    add_sampler_flags(add)
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
     add("--export", metavar="FILE", type=runs.new_file, help="only write transformer (EMA), autoencoder, "
         "statistics and class names into one file for --ckpt, .pt or .safetensors, to give away")
@@ -160,7 +174,7 @@ def label_of(i, numbers, args):
 def images_of(sit, ae, noise, y, args):
     """Return uint8 images [B, H, W, 3] of noise [B, N, C] and labels y [B]."""
     with torch.no_grad(), runs.autocast(noise.device, args.precision):
-        latents = svg.euler_sample(sit, noise, y, **flow_settings(args))
+        latents = SAMPLERS[args.sampler](sit, noise, y, **flow_settings(args))
         return to_pictures(ae, latents, args)
 
 
@@ -212,7 +226,7 @@ def bench(args, device):
         return lambda: images_of(sit, ae, noise, y, args)
 
     runs.bench(args, device, make, args.batch * runs.world_size(), script="sample", model=str(path),
-               euler_steps=args.steps, guidance=args.guidance)
+               sampler=args.sampler, sampler_steps=args.steps, guidance=args.guidance)
 
 
 def main():
@@ -242,7 +256,8 @@ def main():
     name = "the shipped demo.pt" if Path(path) == shapes.DEMO_PT else path
     runs.say_start(device, args.precision, str(name), runs.millions(SiT=sit, decoder=ae.decoder),
                    f"writes {args.num} images to {out}/")
-    runs.say(f"{args.steps} Euler steps, guidance {args.guidance:g}, shift {args.shift:g}")
+    runs.say(f"{args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, shift {args.shift:g}: "
+             f"{evaluations(args)} network evaluations (NFE) an image")
     if args.compile:
         compile_models(sit, ae)
 
@@ -256,7 +271,7 @@ def main():
     shown = np.stack([np.asarray(Image.open(out / name)) for name in names[:80]])
     labels = [label_of(i, numbers, args) for i in range(len(shown))]
     classes = sit.meta.get("classes", range(sit.num_classes))
-    title = f"{name}: {args.steps} Euler steps, guidance {args.guidance:g}, seed {args.seed}"
+    title = f"{name}: {args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, seed {args.seed}"
     files.save_image(out / overview, figures.grid_image(shown, 10, [classes[i] for i in labels], title))
     results = f"{out}/ and {out}/{overview}"
     if args.npz:
