@@ -30,6 +30,7 @@ from sample import (
     add_sampler_flags,
     class_numbers,
     find_models,
+    fit_flow_flags,
     images_of,
     model_record,
     newest_run,
@@ -160,7 +161,8 @@ def invert(model, latents, times):
     return trajectory
 
 
-def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0)):
+def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0),
+                 internal_guidance=1.0):
     """Redraw normalised latents [1, N, C] as class y [1] where weights [N, 1] are above 0.
 
     The rest stays, bit for bit. The flow is inverted to times[0]. There the noise is renewed by its weight w,
@@ -189,12 +191,13 @@ def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidan
     noise = (trajectory[t] - t * latents) / (1 - t)
     state = renew(t, trajectory[t], noise, 1.0)
     return svg.euler_sample(model, state, y, times, guidance, zero_init=False, after=after,
-                            guidance_interval=guidance_interval)
+                            guidance_interval=guidance_interval, internal_guidance=internal_guidance)
 
 
 def redraw(args, device):
     """Redraw the box of a picture as a class; the overview shows original, reconstruction, mask, edit."""
     sit, ae, path = find_models(args, device, decode_only=False)
+    fit_flow_flags(args, sit)
     check_alignment(ae, path, args)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     photo = data.open_rgb(args.photo)
@@ -213,7 +216,7 @@ def redraw(args, device):
         image = data.to_float(torch.from_numpy(original)[None], device)
         latents = ae.normalize(ae.encode(image, args.align)).float()
         edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance,
-                              args.guidance_interval)
+                              args.guidance_interval, args.internal_guidance)
         before, after = to_pictures(ae, torch.cat([latents, edited]), args)
     if runs.rank() != 0:
         return
@@ -249,6 +252,7 @@ def interpolate_noise(a, b, weights, kind):
 def interpolate(args, device):
     """Write frames from the first sample of one seed to that of another, and a strip of them, per kind."""
     sit, ae, path = find_models(args, device)
+    fit_flow_flags(args, sit)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     out = Path(args.out)
     names = {kind: [f"{kind}-{i:06d}.png" for i in range(args.frames)] for kind in args.kind}

@@ -46,13 +46,17 @@ def add_flow_flags(add, steps, shift):
         help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
     add("--guidance-interval", type=runs.number(0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
         help="range of t that is guided")
-    add("--shift", type=runs.number(above=0), default=shift, help="timestep shift in sampling")
+    add("--internal-guidance", type=runs.number(0, 1000), default=1.0,
+        help="guidance by the middle head of train_dit.py --mid-loss: v_m + w (v - v_m) for the velocities "
+        "with and without class, before --guidance combines them; 1: none (arXiv 2512.24176: 1.4)")
+    add("--shift", type=runs.number_or_auto, default=shift, help="timestep shift in sampling; auto: 0.75 "
+        "times that of train_dit.py --shift auto, so that for 256 x 392 it is the paper's 0.15")
 
 
 def add_sampler_flags(add):
     """Add --sampler, which images_of reads, and --no-zero-init, which flow_settings reads too."""
     add("--sampler", choices=SAMPLERS, default="euler",
-        help="Heun: second order, two evaluations a step (EDM, arXiv 2206.00364: Euler's FID in fewer of them)")
+        help="Heun: second order, two evaluations a step (EDM, arXiv 2206.00364: Euler's FID with fewer)")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
 
 
@@ -62,7 +66,16 @@ def flow_settings(args):
     if start > end:
         raise UserError(f"--guidance-interval {start:g} {end:g}: it ends before it starts")
     return {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "zero_init": args.zero_init,
-            "guidance_interval": list(args.guidance_interval)}
+            "guidance_interval": list(args.guidance_interval), "internal_guidance": args.internal_guidance}
+
+
+def fit_flow_flags(args, sit):
+    """Replace --shift auto by its number; UserError for --internal-guidance without a middle head."""
+    if args.shift == "auto":
+        args.shift = 0.75 * svg.auto_shift(sit.grid, sit.channels)
+    if args.internal_guidance != 1 and sit.middle_layer is None:
+        raise UserError(f"--internal-guidance {args.internal_guidance:g}: this transformer has no middle "
+                        f"head; train one by train_dit.py --mid-loss 0.5")
 
 
 def evaluations(args):
@@ -217,6 +230,7 @@ def bench(args, device):
         path = "XL"
         sit = svg.SiT(path).to(device).eval()
         ae = svg.Autoencoder(None, feature_channels=384).to(device).eval()
+    fit_flow_flags(args, sit)
     if args.compile:
         compile_models(sit, ae)
 
@@ -245,6 +259,7 @@ def main():
             files.save_checkpoint(args.export, svg.bundle(sit, ae))
             print(f"{args.export}: {path} and its autoencoder, without the frozen encoder")
         return
+    fit_flow_flags(args, sit)
     numbers = class_numbers(args.classes, sit)
     out = Path(args.out)
     if args.npz and runs.lies_in(args.npz, out):
