@@ -59,6 +59,8 @@ def reconstruct(args, device):
     path = args.ae or newest_run("ae", args)
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
     check_alignment(ae, path, args)
+    if args.noise and not ae.measured:
+        raise UserError(f"--noise {args.noise:g}: {path} holds no standard deviations of its latents")
     if args.beside:
         beside = svg.load_autoencoder(args.beside, weights_dir=args.weights).to(device)
         if beside.image_size != ae.image_size or not beside.aligned:
@@ -71,7 +73,8 @@ def reconstruct(args, device):
     out = Path(args.out)
     overview = f"{files.OVERVIEW}/reconstructions.png"
     runs.claim_folder(args, {"reconstruct": args.folder, "autoencoder": ae.fingerprint, "align": args.align,
-                             "precision": args.precision}, [*targets, overview], [args.folder])
+                             "precision": args.precision, "noise": args.noise},
+                      [*targets, overview], [args.folder])
     runs.say_start(device, args.precision, f"{args.folder}: {len(dataset):,} images",
                    runs.millions(autoencoder=ae), f"writes {out}/")
 
@@ -82,7 +85,11 @@ def reconstruct(args, device):
     batches = runs.progress(batches, "reconstructing", len(targets), data.batch_size)
     for indices, (images, _, corrupt) in zip(items, batches, strict=True):
         with torch.no_grad(), runs.autocast(device, args.precision):
-            images = data.to_uint8(ae.decode(ae.encode(data.to_float(images, device), args.align)))
+            latents = ae.encode(data.to_float(images, device), args.align)
+            if args.noise:
+                noise = svg.sample_noise(0, [i for i, _ in indices], latents.shape[1:]).to(device)
+                latents = latents + args.noise * ae.latent_std * noise
+            images = data.to_uint8(ae.decode(latents))
         for (i, _), image, bad in zip(indices, images, corrupt.tolist(), strict=True):
             if bad >= 0:
                 warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
@@ -320,6 +327,9 @@ def parse_args():
     add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
     add("--ae", help="autoencoder checkpoint, SVG's or a VAE's (default: the newest run, else demo.pt)")
     add("--beside", metavar="FILE", help="another autoencoder (say, one without residual) for the overview")
+    add("--noise", type=runs.number(), default=0.0, metavar="SIGMA",
+        help="decode latents with noise of so many standard deviations of each channel, drawn by the image's "
+        "index; 0: none; --beside stays without")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),

@@ -176,7 +176,8 @@ class ViT(nn.Module):
         patches = F.interpolate(patches, mode="bicubic", antialias=self.antialias, **target)
         return torch.cat([self.pos_embed[:, :self.cls], patches.flatten(2).transpose(1, 2)], 1)
 
-    def forward(self, x):
+    def forward(self, x, layers=1):
+        """Return the tokens; layers: the mean of those after so many of the last blocks, each normed."""
         x = self.patch_embed.proj(x)
         B, _, h, w = x.shape
         x = x.flatten(2).transpose(1, 2)  # [B, h*w, dim]
@@ -190,9 +191,13 @@ class ViT(nn.Module):
         if self.prefix > 1:
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)
         x = self.dropout(x)
+        last = []
         for block in self.blocks:
             x = block(x, angles)
-        return self.norm(x)
+            last = [*last, x][-layers:]
+        if layers == 1:
+            return self.norm(x)
+        return torch.stack([self.norm(x) for x in last]).mean(0)
 
 
 _DINOV3 = {"patch": 16, "registers": 4, "eps": 1e-5}
@@ -252,11 +257,12 @@ class Encoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images, grid=None, cls=False):
+    def forward(self, images, grid=None, cls=False, layers=1):
         """Return patch tokens [B, h*w, D]; with cls=True the CLS token [B, D] (or their mean) before them.
 
         grid: (h, w) tokens, to which images are resized (bicubic, antialiased) if they do not fit; default:
         one token per patch where the patches fit exactly, else one per 16 pixels (256 become 224 for 14).
+        layers: as ViT.forward's.
         """
         size = images.shape[-2:]
         patch = self.vit.patch
@@ -267,7 +273,7 @@ class Encoder(nn.Module):
             images = F.interpolate(images.float(), (h * patch, w * patch), mode="bicubic", antialias=True)
         if self.vit.imagenet:
             images = imagenet_normalize(images)
-        tokens = self.vit(images).float()
+        tokens = self.vit(images, layers).float()
         patches = tokens[:, self.vit.prefix:]
         if not cls:
             return patches
@@ -512,18 +518,23 @@ class Autoencoder(LatentStatistics):
     encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). image_size: pixels;
     grid: tokens per side, default image_size // 16; their ratio must be a power of two. Any other image size
     whose sides are multiples of that ratio works too. residual: arguments of the residual ViT; decoder:
-    arguments of Decoder. align: "none" never aligns the residual (the ablation of table 4).
+    arguments of Decoder. align: "none" never aligns the residual (the ablation of table 4). encoder_layers:
+    the features are the mean of the tokens after so many last blocks (RAEv2, arXiv 2605.18324).
     """
 
     def __init__(self, encoder, residual_channels=8, image_size=256, grid=None, mask_ratio=0.1, residual=None,
-                 decoder=None, feature_channels=None, align="batch"):
+                 decoder=None, feature_channels=None, align="batch", encoder_layers=1):
         super().__init__()
         grid = grid or image_size // 16
         ratio = image_size // grid
         if grid * ratio != image_size or ratio & (ratio - 1):
             raise UserError(f"--image-size {image_size} over --grid {grid} is not a power of two; "
                             f"256 goes with 16, 64 with 8")
+        if encoder and encoder_layers > 1 and encoder_layers > len(encoder.vit.blocks):
+            raise UserError(f"--encoder-layers {encoder_layers}: {encoder.name} has "
+                            f"{len(encoder.vit.blocks)} layers")
         self.encoder = encoder
+        self.encoder_layers = encoder_layers
         self.image_size = image_size
         self.grid = grid
         self.ratio = ratio  # pixels per token and side
@@ -536,6 +547,8 @@ class Autoencoder(LatentStatistics):
         self.config = {"residual_channels": residual_channels, "image_size": image_size, "grid": grid,
                        "mask_ratio": mask_ratio, "residual": residual, "decoder": decoder,
                        "feature_channels": self.feature_channels, "align": align}
+        if encoder_layers > 1:
+            self.config["encoder_layers"] = encoder_layers
         if residual_channels:
             dim = residual["dim"]
             self.residual = ViT(patch=ratio, grid=grid, layer_scale=False, **residual)
@@ -563,7 +576,7 @@ class Autoencoder(LatentStatistics):
         if self.encoder is None:
             raise UserError("this autoencoder was loaded to decode only: it has no encoder")
         h, w = (n // self.ratio for n in images.shape[-2:])
-        features = self.encoder(images, grid=(h, w))  # [B, N, D], frozen
+        features = self.encoder(images, grid=(h, w), layers=self.encoder_layers)  # [B, N, D], frozen
         if self.config["residual_channels"] == 0:
             return features
         residual = self.residual_tokens(images)  # [B, N, 8]
@@ -615,10 +628,16 @@ class Autoencoder(LatentStatistics):
             grid = [math.isqrt(latents.shape[1])] * 2
         return self.decoder(latents.unflatten(1, grid).permute(0, 3, 1, 2))  # channels-last, without a copy
 
-    def forward(self, images, masked=None):
-        """Return the reconstruction [B, 3, H, W] of images [B, 3, H, W]."""
+    def forward(self, images, masked=None, noise=None):
+        """Return the reconstruction [B, 3, H, W] of images [B, 3, H, W].
+
+        noise: [B, N, C], added to the latents in units of each channel's standard deviation in the batch.
+        """
         grid = [n // self.ratio for n in images.shape[-2:]]
-        return self.decode(self.encode(images, masked=masked), grid)
+        latents = self.encode(images, masked=masked)
+        if noise is not None:
+            latents = latents + noise * latents.detach().std((0, 1))
+        return self.decode(latents, grid)
 
     @property
     def aligned(self):
