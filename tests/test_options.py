@@ -194,7 +194,7 @@ class NoisyDecoder(Case):
         self.assert_same(whole, parts)
         self.assert_same([mask for mask, _ in seen["off"]], [mask for mask, _ in seen["on"]])
         sigma = whole.std((1, 2))
-        self.assertEqual(len(sigma.unique()), 16)
+        self.assertGreater(sigma[:8].max() - sigma[:8].min(), 0.2)  # one for each image of a step
         self.assertLess(sigma.max(), 0.8 * 1.1)
         self.assertAlmostEqual(sigma.mean().item(), 0.4, delta=0.2)
         losses = [[entry["l1_loss"] for entry in read_log(name)] for name in ("off", "on")]
