@@ -27,9 +27,10 @@ from files import UserError
 from sample import (
     add_flow_flags,
     add_model_flags,
-    add_zero_init_flag,
+    add_sampler_flags,
     class_numbers,
     find_models,
+    fit_flow_flags,
     images_of,
     model_record,
     newest_run,
@@ -58,6 +59,8 @@ def reconstruct(args, device):
     path = args.ae or newest_run("ae", args)
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
     check_alignment(ae, path, args)
+    if args.noise and not ae.measured:
+        raise UserError(f"--noise {args.noise:g}: {path} holds no standard deviations of its latents")
     if args.beside:
         beside = svg.load_autoencoder(args.beside, weights_dir=args.weights).to(device)
         if beside.image_size != ae.image_size or not beside.aligned:
@@ -70,7 +73,8 @@ def reconstruct(args, device):
     out = Path(args.out)
     overview = f"{files.OVERVIEW}/reconstructions.png"
     runs.claim_folder(args, {"reconstruct": args.folder, "autoencoder": ae.fingerprint, "align": args.align,
-                             "precision": args.precision}, [*targets, overview], [args.folder])
+                             "precision": args.precision, "noise": args.noise},
+                      [*targets, overview], [args.folder])
     runs.say_start(device, args.precision, f"{args.folder}: {len(dataset):,} images",
                    runs.millions(autoencoder=ae), f"writes {out}/")
 
@@ -81,7 +85,11 @@ def reconstruct(args, device):
     batches = runs.progress(batches, "reconstructing", len(targets), data.batch_size)
     for indices, (images, _, corrupt) in zip(items, batches, strict=True):
         with torch.no_grad(), runs.autocast(device, args.precision):
-            images = data.to_uint8(ae.decode(ae.encode(data.to_float(images, device), args.align)))
+            latents = ae.encode(data.to_float(images, device), args.align)
+            if args.noise:
+                noise = svg.sample_noise(0, [i for i, _ in indices], latents.shape[1:]).to(device)
+                latents = latents + args.noise * ae.latent_std * noise
+            images = data.to_uint8(ae.decode(latents))
         for (i, _), image, bad in zip(indices, images, corrupt.tolist(), strict=True):
             if bad >= 0:
                 warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
@@ -160,7 +168,8 @@ def invert(model, latents, times):
     return trajectory
 
 
-def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0)):
+def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0),
+                 internal_guidance=1.0):
     """Redraw normalised latents [1, N, C] as class y [1] where weights [N, 1] are above 0.
 
     The rest stays, bit for bit. The flow is inverted to times[0]. There the noise is renewed by its weight w,
@@ -189,12 +198,13 @@ def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidan
     noise = (trajectory[t] - t * latents) / (1 - t)
     state = renew(t, trajectory[t], noise, 1.0)
     return svg.euler_sample(model, state, y, times, guidance, zero_init=False, after=after,
-                            guidance_interval=guidance_interval)
+                            guidance_interval=guidance_interval, internal_guidance=internal_guidance)
 
 
 def redraw(args, device):
     """Redraw the box of a picture as a class; the overview shows original, reconstruction, mask, edit."""
     sit, ae, path = find_models(args, device, decode_only=False)
+    fit_flow_flags(args, sit)
     check_alignment(ae, path, args)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     photo = data.open_rgb(args.photo)
@@ -213,7 +223,7 @@ def redraw(args, device):
         image = data.to_float(torch.from_numpy(original)[None], device)
         latents = ae.normalize(ae.encode(image, args.align)).float()
         edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance,
-                              args.guidance_interval)
+                              args.guidance_interval, args.internal_guidance)
         before, after = to_pictures(ae, torch.cat([latents, edited]), args)
     if runs.rank() != 0:
         return
@@ -249,6 +259,7 @@ def interpolate_noise(a, b, weights, kind):
 def interpolate(args, device):
     """Write frames from the first sample of one seed to that of another, and a strip of them, per kind."""
     sit, ae, path = find_models(args, device)
+    fit_flow_flags(args, sit)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     out = Path(args.out)
     names = {kind: [f"{kind}-{i:06d}.png" for i in range(args.frames)] for kind in args.kind}
@@ -270,7 +281,8 @@ def interpolate(args, device):
         if runs.rank() == 0:
             for name, frame in zip(names[kind], frames, strict=True):
                 files.save_image(out / name, frame)
-            title = f"{kind}, class {args.classes[0]}: {args.steps} Euler steps, guidance {args.guidance:g}"
+            title = (f"{kind}, class {args.classes[0]}: {args.steps} {args.sampler.title()} steps, guidance "
+                     f"{args.guidance:g}")
             files.save_image(out / strips[kind], figures.grid_image(frames, len(frames), labels, title))
             print(f"{out}/{kind}-*.png and {out}/{strips[kind]}, by {path}")
 
@@ -315,6 +327,9 @@ def parse_args():
     add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
     add("--ae", help="autoencoder checkpoint, SVG's or a VAE's (default: the newest run, else demo.pt)")
     add("--beside", metavar="FILE", help="another autoencoder (say, one without residual) for the overview")
+    add("--noise", type=runs.number(), default=0.0, metavar="SIGMA",
+        help="decode latents with noise of so many standard deviations of each channel, drawn by the image's "
+        "index; 0: none; --beside stays without")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),
@@ -322,7 +337,7 @@ def parse_args():
     add_align_flag(add)
 
     command = add_command(redraw, "edit")
-    command.set_defaults(zero_init=False)
+    command.set_defaults(zero_init=False, sampler="euler")
     add = command.add_argument
     add("photo", help="the picture")
     add("--box", type=box, required=True, metavar="X0,Y0,X1,Y1", help="what to redraw, in its pixels")
@@ -343,7 +358,7 @@ def parse_args():
         help="along the great circle, along the line")
     add("--batch", type=runs.positive, default=64, help="images at a time")
     add_flow_flags(add, steps=25, shift=0.15)
-    add_zero_init_flag(add)
+    add_sampler_flags(add)
     add_model_flags(add)
     return parser.parse_args()
 

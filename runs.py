@@ -224,6 +224,11 @@ def number(low=0.0, high=math.inf, above=-math.inf):
     return parse
 
 
+def number_or_auto(text):
+    """Check "auto" or a number above 0 (an argparse type)."""
+    return text if text == "auto" else number(above=0)(text)
+
+
 def whole(low):
     """Return an argparse type: a whole number of at least `low`, and of 63 bits, as PyTorch's."""
     def parse(text):
@@ -779,18 +784,22 @@ class Run:
         """Start a new interval between two progress lines."""
         self.since = time.time()
         self.sums = 0
+        self.part_sums = {}
         self.count = 0
 
-    def record(self, step, values, grad_norm, skipped):
+    def record(self, step, values, grad_norm, skipped, parts=None):
         """Add one step's values; every --log-every steps write their means.
 
-        values: {name: scalar tensor on the device}, which is not waited for. Raises UserError when
-        MAX_SKIPPED steps in a row had no finite gradient.
+        values: {name: scalar tensor on the device}, which is not waited for. parts: {name: tensor [2], the
+        sum and the count of images}; their means go to the log alone. Raises UserError when MAX_SKIPPED steps
+        in a row had no finite gradient.
         """
         names = [*values, "grad_norm"]
         new = torch.stack([*values.values(), grad_norm]).detach()
         new = torch.where(skipped, 0, new)
         self.sums = self.sums + torch.cat([new, skipped[None].float()])
+        for name, part in (parts or {}).items():
+            self.part_sums[name] = self.part_sums.get(name, 0) + torch.where(skipped, 0, part)
         self.count += 1
         self.skipped_in_a_row = torch.where(skipped, self.skipped_in_a_row.to(skipped.device) + 1, 0)
         if skipped.device.type == "cpu" or step % MAX_SKIPPED == 0:  # the host waits for a GPU to read it
@@ -827,6 +836,7 @@ class Run:
     def log(self, step, names, device):
         """Print a progress line and append to log.jsonl: means over the steps that were not skipped."""
         *means, skipped = (all_reduce(self.sums.cpu()) / world_size()).tolist()
+        parts = {name: all_reduce(part.cpu()).tolist() for name, part in self.part_sums.items()}
         corrupt = int(all_reduce(torch.tensor(len(self.corrupt))))
         if rank() != 0:
             return
@@ -835,6 +845,7 @@ class Run:
         entry = {name: mean / good_steps if good_steps else math.nan
                  for name, mean in zip(names, means, strict=True)}
         rate = self.show(step, entry, device, skipped)
+        entry |= {name: total / count for name, (total, count) in parts.items() if count}
         finite = {name: value for name, value in entry.items() if math.isfinite(value)}
         entry = {"step": step, **finite, "skipped": skipped, "images_per_second": round(rate, 2),
                  "seconds": round(time.time() - self.start, 1), "corrupt": corrupt}

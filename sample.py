@@ -26,6 +26,8 @@ from files import UserError
 
 # -- Flags and models, also for edit.py and probe.py -------------------------------------------------------
 
+SAMPLERS = {"euler": svg.euler_sample, "heun": svg.heun_sample}
+
 
 def add_model_flags(add):
     """Add the flags that find_models reads."""
@@ -39,26 +41,51 @@ def add_model_flags(add):
 
 def add_flow_flags(add, steps, shift):
     """Add the flags that flow_settings reads."""
-    add("--steps", type=runs.positive, default=steps, help="Euler steps")
+    add("--steps", type=runs.positive, default=steps, help="steps of the sampler")
     add("--guidance", type=runs.number(0, 1000), default=4.0,
         help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
     add("--guidance-interval", type=runs.number(0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
         help="range of t that is guided")
-    add("--shift", type=runs.number(above=0), default=shift, help="timestep shift in sampling")
+    add("--internal-guidance", type=runs.number(0, 1000), default=1.0,
+        help="guidance by the middle head of train_dit.py --mid-loss: v_m + w (v - v_m) for the velocities "
+        "with and without class, before --guidance combines them; 1: none (arXiv 2512.24176: 1.4)")
+    add("--shift", type=runs.number_or_auto, default=shift, help="timestep shift in sampling; auto: 0.75 "
+        "times that of train_dit.py --shift auto, so that for 256 x 392 it is the paper's 0.15")
 
 
-def add_zero_init_flag(add):
-    """Add --no-zero-init, which flow_settings reads too."""
+def add_sampler_flags(add):
+    """Add --sampler, which images_of reads, and --no-zero-init, which flow_settings reads too."""
+    add("--sampler", choices=SAMPLERS, default="euler",
+        help="Heun: second order, two evaluations a step (EDM, arXiv 2206.00364: Euler's FID with fewer)")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
 
 
 def flow_settings(args):
-    """Return the flags as arguments of svg.euler_sample; UserError for an empty interval."""
+    """Return the flags as arguments of the samplers; UserError for an empty interval."""
     start, end = args.guidance_interval
     if start > end:
         raise UserError(f"--guidance-interval {start:g} {end:g}: it ends before it starts")
     return {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "zero_init": args.zero_init,
-            "guidance_interval": list(args.guidance_interval)}
+            "guidance_interval": list(args.guidance_interval), "internal_guidance": args.internal_guidance}
+
+
+def fit_flow_flags(args, sit):
+    """Replace --shift auto by its number; UserError for --internal-guidance without a middle head."""
+    if args.shift == "auto":
+        args.shift = 0.75 * svg.auto_shift(sit.grid, sit.channels)
+    if args.internal_guidance != 1 and sit.middle_layer is None:
+        raise UserError(f"--internal-guidance {args.internal_guidance:g}: this transformer has no middle "
+                        f"head; train one by train_dit.py --mid-loss 0.5")
+
+
+def evaluations(args):
+    """Return how often a sample evaluates the network (NFE); a guided velocity takes two evaluations."""
+    times = svg.euler_times(args.steps, args.shift)
+    first = 1 if args.zero_init and svg.is_guided(0.0, args.guidance, args.guidance_interval) else 0
+    evaluated = times[first:-1]
+    if args.sampler == "heun":
+        evaluated = evaluated + times[first + 1:]
+    return sum(2 if svg.is_guided(t, args.guidance, args.guidance_interval) else 1 for t in evaluated)
 
 
 def newest_run(stage, args):
@@ -121,7 +148,7 @@ def model_record(sit, ae, args):
             "transformer": sit.meta.get("fingerprint") or files.fingerprint(sit.state_dict()),
             "autoencoder": ae.fingerprint,
             "statistics": files.fingerprint({"mean": ae.latent_mean, "std": ae.latent_std}),
-            "precision": args.precision, **flow_settings(args)}
+            "precision": args.precision, "sampler": args.sampler, **flow_settings(args)}
 
 
 # -- Sampling ----------------------------------------------------------------------------------------------
@@ -140,7 +167,7 @@ def parse_args():
         help="classes in turn, or drawn at random")
     add("--seed", type=runs.not_negative, default=0, help="of noise and random labels")
     add_flow_flags(add, steps=25, shift=0.15)
-    add_zero_init_flag(add)
+    add_sampler_flags(add)
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
     add("--export", metavar="FILE", type=runs.new_file, help="only write transformer (EMA), autoencoder, "
         "statistics and class names into one file for --ckpt, .pt or .safetensors, to give away")
@@ -160,7 +187,7 @@ def label_of(i, numbers, args):
 def images_of(sit, ae, noise, y, args):
     """Return uint8 images [B, H, W, 3] of noise [B, N, C] and labels y [B]."""
     with torch.no_grad(), runs.autocast(noise.device, args.precision):
-        latents = svg.euler_sample(sit, noise, y, **flow_settings(args))
+        latents = SAMPLERS[args.sampler](sit, noise, y, **flow_settings(args))
         return to_pictures(ae, latents, args)
 
 
@@ -203,6 +230,7 @@ def bench(args, device):
         path = "XL"
         sit = svg.SiT(path).to(device).eval()
         ae = svg.Autoencoder(None, feature_channels=384).to(device).eval()
+    fit_flow_flags(args, sit)
     if args.compile:
         compile_models(sit, ae)
 
@@ -212,7 +240,7 @@ def bench(args, device):
         return lambda: images_of(sit, ae, noise, y, args)
 
     runs.bench(args, device, make, args.batch * runs.world_size(), script="sample", model=str(path),
-               euler_steps=args.steps, guidance=args.guidance)
+               sampler=args.sampler, sampler_steps=args.steps, guidance=args.guidance)
 
 
 def main():
@@ -231,6 +259,7 @@ def main():
             files.save_checkpoint(args.export, svg.bundle(sit, ae))
             print(f"{args.export}: {path} and its autoencoder, without the frozen encoder")
         return
+    fit_flow_flags(args, sit)
     numbers = class_numbers(args.classes, sit)
     out = Path(args.out)
     if args.npz and runs.lies_in(args.npz, out):
@@ -242,7 +271,8 @@ def main():
     name = "the shipped demo.pt" if Path(path) == shapes.DEMO_PT else path
     runs.say_start(device, args.precision, str(name), runs.millions(SiT=sit, decoder=ae.decoder),
                    f"writes {args.num} images to {out}/")
-    runs.say(f"{args.steps} Euler steps, guidance {args.guidance:g}, shift {args.shift:g}")
+    runs.say(f"{args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, shift {args.shift:g}: "
+             f"{evaluations(args)} network evaluations (NFE) an image")
     if args.compile:
         compile_models(sit, ae)
 
@@ -256,7 +286,7 @@ def main():
     shown = np.stack([np.asarray(Image.open(out / name)) for name in names[:80]])
     labels = [label_of(i, numbers, args) for i in range(len(shown))]
     classes = sit.meta.get("classes", range(sit.num_classes))
-    title = f"{name}: {args.steps} Euler steps, guidance {args.guidance:g}, seed {args.seed}"
+    title = f"{name}: {args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, seed {args.seed}"
     files.save_image(out / overview, figures.grid_image(shown, 10, [classes[i] for i in labels], title))
     results = f"{out}/ and {out}/{overview}"
     if args.npz:

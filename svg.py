@@ -176,7 +176,8 @@ class ViT(nn.Module):
         patches = F.interpolate(patches, mode="bicubic", antialias=self.antialias, **target)
         return torch.cat([self.pos_embed[:, :self.cls], patches.flatten(2).transpose(1, 2)], 1)
 
-    def forward(self, x):
+    def forward(self, x, layers=1):
+        """Return the tokens; layers: the mean of those after so many of the last blocks, each normed."""
         x = self.patch_embed.proj(x)
         B, _, h, w = x.shape
         x = x.flatten(2).transpose(1, 2)  # [B, h*w, dim]
@@ -190,9 +191,13 @@ class ViT(nn.Module):
         if self.prefix > 1:
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)
         x = self.dropout(x)
+        last = []
         for block in self.blocks:
             x = block(x, angles)
-        return self.norm(x)
+            last = [*last, x][-layers:]
+        if layers == 1:
+            return self.norm(x)
+        return torch.stack([self.norm(x) for x in last]).mean(0)
 
 
 _DINOV3 = {"patch": 16, "registers": 4, "eps": 1e-5}
@@ -252,11 +257,12 @@ class Encoder(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images, grid=None, cls=False):
+    def forward(self, images, grid=None, cls=False, layers=1):
         """Return patch tokens [B, h*w, D]; with cls=True the CLS token [B, D] (or their mean) before them.
 
         grid: (h, w) tokens, to which images are resized (bicubic, antialiased) if they do not fit; default:
         one token per patch where the patches fit exactly, else one per 16 pixels (256 become 224 for 14).
+        layers: as ViT.forward's.
         """
         size = images.shape[-2:]
         patch = self.vit.patch
@@ -267,7 +273,7 @@ class Encoder(nn.Module):
             images = F.interpolate(images.float(), (h * patch, w * patch), mode="bicubic", antialias=True)
         if self.vit.imagenet:
             images = imagenet_normalize(images)
-        tokens = self.vit(images).float()
+        tokens = self.vit(images, layers).float()
         patches = tokens[:, self.vit.prefix:]
         if not cls:
             return patches
@@ -532,15 +538,20 @@ class Autoencoder(LatentStatistics):
     encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). image_size: pixels;
     grid: tokens per side, default image_size // 16; their ratio must be a power of two. Any other image size
     whose sides are multiples of that ratio works too. residual: arguments of the residual ViT; decoder:
-    arguments of Decoder. align: "none" never aligns the residual (the ablation of table 4).
+    arguments of Decoder. align: "none" never aligns the residual (the ablation of table 4). encoder_layers:
+    the features are the mean of the tokens after so many last blocks (RAEv2, arXiv 2605.18324).
     """
 
     def __init__(self, encoder, residual_channels=8, image_size=256, grid=None, mask_ratio=0.1, residual=None,
-                 decoder=None, feature_channels=None, align="batch"):
+                 decoder=None, feature_channels=None, align="batch", encoder_layers=1):
         super().__init__()
         grid = grid or image_size // 16
         ratio = pixels_per_token(image_size, grid)
+        if encoder and encoder_layers > 1 and encoder_layers > len(encoder.vit.blocks):
+            raise UserError(f"--encoder-layers {encoder_layers}: {encoder.name} has "
+                            f"{len(encoder.vit.blocks)} layers")
         self.encoder = encoder
+        self.encoder_layers = encoder_layers
         self.image_size = image_size
         self.grid = grid
         self.ratio = ratio
@@ -552,6 +563,8 @@ class Autoencoder(LatentStatistics):
         self.config = {"residual_channels": residual_channels, "image_size": image_size, "grid": grid,
                        "mask_ratio": mask_ratio, "residual": residual, "decoder": decoder,
                        "feature_channels": self.feature_channels, "align": align}
+        if encoder_layers > 1:
+            self.config["encoder_layers"] = encoder_layers
         if residual_channels:
             dim = residual["dim"]
             self.residual = ViT(patch=ratio, grid=grid, layer_scale=False, **residual)
@@ -579,7 +592,7 @@ class Autoencoder(LatentStatistics):
         if self.encoder is None:
             raise UserError("this autoencoder was loaded to decode only: it has no encoder")
         h, w = (n // self.ratio for n in images.shape[-2:])
-        features = self.encoder(images, grid=(h, w))  # [B, N, D], frozen
+        features = self.encoder(images, grid=(h, w), layers=self.encoder_layers)  # [B, N, D], frozen
         if self.config["residual_channels"] == 0:
             return features
         residual = self.residual_tokens(images)  # [B, N, 8]
@@ -631,10 +644,16 @@ class Autoencoder(LatentStatistics):
             grid = [math.isqrt(latents.shape[1])] * 2
         return self.decoder(latents.unflatten(1, grid).permute(0, 3, 1, 2))  # channels-last, without a copy
 
-    def forward(self, images, masked=None):
-        """Return the reconstruction [B, 3, H, W] of images [B, 3, H, W]."""
+    def forward(self, images, masked=None, noise=None):
+        """Return the reconstruction [B, 3, H, W] of images [B, 3, H, W].
+
+        noise: [B, N, C], added to the latents in units of each channel's standard deviation in the batch.
+        """
         grid = [n // self.ratio for n in images.shape[-2:]]
-        return self.decode(self.encode(images, masked=masked), grid)
+        latents = self.encode(images, masked=masked)
+        if noise is not None:
+            latents = latents + noise * latents.detach().std((0, 1))
+        return self.decode(latents, grid)
 
     @property
     def aligned(self):
@@ -953,11 +972,12 @@ class SiT(nn.Module):
     """The velocity model: model(x_t [B, N, C], t [B], y [B]) -> velocity [B, N, C].
 
     y are class numbers; num_classes means "no class". model: "B", "L", "XL" or a dict of depth, dim, heads.
-    grid: tokens per side. A fresh model answers exactly zero.
+    grid: tokens per side. middle_head: another FinalLayer after a third of the blocks, for internal guidance
+    (arXiv 2512.24176). A fresh model answers exactly zero.
     """
     recompute = False
 
-    def __init__(self, model="XL", channels=392, num_classes=1000, grid=16, qk_norm=True):
+    def __init__(self, model="XL", channels=392, num_classes=1000, grid=16, qk_norm=True, middle_head=False):
         super().__init__()
         size = SIT_SIZES[model] if isinstance(model, str) else dict(model)
         dim = size["dim"]
@@ -972,6 +992,10 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(dim, grid)[None], persistent=False)
         self.blocks = nn.ModuleList(SiTBlock(dim, size["heads"], qk_norm) for _ in range(size["depth"]))
         self.final_layer = FinalLayer(dim, channels)
+        self.middle_layer = None
+        if middle_head:
+            self.config["middle_head"] = True
+            self.middle_layer = FinalLayer(dim, channels)
         self.initialize()
 
     def initialize(self):
@@ -982,17 +1006,24 @@ class SiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight, self.y_embedder.weight):
             nn.init.normal_(weight, std=0.02)
-        gates = [block.adaLN_modulation[1] for block in self.blocks]
-        for layer in (*gates, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+        zeros = [block.adaLN_modulation[1] for block in self.blocks]
+        zeros += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
+        if self.middle_layer:
+            zeros += [self.middle_layer.adaLN_modulation[1], self.middle_layer.linear]
+        for layer in zeros:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, y):
+    def forward(self, x, t, y, both=False):
+        """Return the velocity [B, N, C]; with both=True also the middle head's: [2, B, N, C]."""
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             x = run_block(block, x, c, recompute=self.recompute)
-        return self.final_layer(x, c)
+            if both and i + 1 == max(1, len(self.blocks) // 3):
+                middle_velocity = self.middle_layer(x, c)
+        velocity = self.final_layer(x, c)
+        return torch.stack([velocity, middle_velocity]) if both else velocity
 
 
 META = {  # what a checkpoint of a transformer records besides its weights; fingerprint: of the EMA
@@ -1058,28 +1089,36 @@ def shift_time(u, shift):
     return shift * u / (1 + (shift - 1) * u)
 
 
+def auto_shift(grid, channels):
+    """Return the shift for latents of grid*grid*channels numbers: 0.20 for 16*16*392 (RAE, arXiv 2510.11690).
+
+    1/alpha of RAE, whose t counts the other way: alpha = sqrt(numbers / 4096).
+    """
+    return math.sqrt(4096 / (grid ** 2 * channels))
+
+
 def drop_labels(y, num_classes, rate, uniform):
     """Replace labels y [B] by "no class" where uniform [B] < rate: one model learns both velocities."""
     return torch.where(uniform < rate, num_classes, y)
 
 
-def flow_error(model, latents, y, shift=0.4, u=None, noise=None):
+def flow_error(model, latents, y, shift=0.4, u=None, noise=None, both=False):
     """Return the squared error [B, N, C] of the velocity, for normalised latents [B, N, C].
 
     x_t = (1-t) noise + t data, target = data - noise, t = shift_time(u), u uniform in [0, 1] (paper, eq. 1-3,
-    with t reversed).
+    with t reversed). both: also that of the middle head's velocity, [2, B, N, C].
     """
     u = torch.rand(len(latents), device=latents.device) if u is None else u
     noise = torch.randn_like(latents) if noise is None else noise
     t = shift_time(u, shift)
     x_t = (1 - t.view(-1, 1, 1)) * noise + t.view(-1, 1, 1) * latents
-    velocity = model(x_t, t, y).float()
+    velocity = model(x_t, t, y, both=True).float() if both else model(x_t, t, y).float()
     return (velocity - (latents - noise)).square()
 
 
-def flow_loss(model, latents, y, shift=0.4, u=None, noise=None):
-    """Return the mean squared error of the velocity per image [B]; arguments as flow_error's."""
-    return flow_error(model, latents, y, shift, u, noise).mean((1, 2))
+def flow_loss(model, latents, y, shift=0.4, u=None, noise=None, both=False):
+    """Return the mean squared error of the velocity per image, [B] or [2, B]; arguments as flow_error's."""
+    return flow_error(model, latents, y, shift, u, noise, both).mean((-2, -1))
 
 
 def euler_times(steps, shift):
@@ -1087,37 +1126,72 @@ def euler_times(steps, shift):
     return shift_time(torch.linspace(0, 1, steps + 1, dtype=torch.float64), shift).tolist()
 
 
-def guided_velocity(model, x, t, y, guidance):
-    """v_u + guidance * (v_c - v_u) on all channels, conditional and unconditional in one batch of 2B."""
-    unconditional = torch.full_like(y, model.num_classes)
-    v = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, unconditional])).float()
+def is_guided(t, guidance, interval):
+    """Whether guidance by class acts at time t, a number."""
+    return guidance != 1 and interval[0] <= t <= interval[1]
+
+
+def guided_velocity(model, x, t, y, guidance=1.0, guidance_interval=(0.0, 1.0), internal_guidance=1.0):
+    """Return the guided velocity [B, N, C] of x [B, N, C] at time t, a number, for labels y [B].
+
+    By class: v_u + guidance * (v_c - v_u) on all channels where t lies in guidance_interval, conditional and
+    unconditional in one batch of 2B; elsewhere v_c. Internally (arXiv 2512.24176), at every t: each of v_c
+    and v_u is first v_m + internal_guidance * (v - v_m), v_m the middle head's velocity in the same pass.
+    """
+    guided = is_guided(t, guidance, guidance_interval)
+    if guided:
+        x = torch.cat([x, x])
+        y = torch.cat([y, torch.full_like(y, model.num_classes)])
+    t_batch = torch.full((len(x),), t, device=x.device)
+    if internal_guidance == 1:
+        v = model(x, t_batch, y).float()
+    else:
+        v, v_m = model(x, t_batch, y, both=True).float()
+        v = v_m + internal_guidance * (v - v_m)
+    if not guided:
+        return v
     v_c, v_u = v.chunk(2)
     return v_u + guidance * (v_c - v_u)
 
 
 @torch.no_grad()
 def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
-                 guidance_interval=(0.0, 1.0), after=None):
+                 guidance_interval=(0.0, 1.0), internal_guidance=1.0, after=None):
     """Integrate noise [B, N, C] (t = 0) to latents [B, N, C] (t = 1) for labels y [B] in `steps` Euler steps.
 
     steps: a number, or the times themselves: from data back to noise they invert the flow. guidance: 1 is
-    none; it acts where t lies in guidance_interval. zero_init: a guided first step is skipped, as if its
-    velocity were 0. after: a function (t, x) -> x that sees, and may change, the state after each step.
+    none; it acts where t lies in guidance_interval. zero_init: a first step guided by class is skipped, as if
+    its velocity were 0. internal_guidance: see guided_velocity; 1 is none. after: a function (t, x) -> x
+    that sees, and may change, the state after each step.
     """
     x = noise.float()
     times = euler_times(steps, shift) if isinstance(steps, int) else steps
+    guiding = (guidance, guidance_interval, internal_guidance)
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        t_batch = torch.full((len(x),), t, device=x.device)
-        guided = guidance != 1 and guidance_interval[0] <= t <= guidance_interval[1]
-        if guided and zero_init and i == 0:
-            v = 0.0
-        elif guided:
-            v = guided_velocity(model, x, t_batch, y, guidance)
-        else:
-            v = model(x, t_batch, y).float()
-        x = x + (t_next - t) * v
+        skipped = zero_init and i == 0 and is_guided(t, guidance, guidance_interval)
+        if not skipped:
+            x = x + (t_next - t) * guided_velocity(model, x, t, y, *guiding)
         if after:
             x = after(t_next, x)
+    return x
+
+
+@torch.no_grad()
+def heun_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
+                guidance_interval=(0.0, 1.0), internal_guidance=1.0):
+    """Integrate as euler_sample does, by Heun's method of second order, the trapezoid rule.
+
+    A step is x + dt (v(x, t) + v(x + dt v(x, t), t + dt)) / 2, also the last one, which ends at t = 1.
+    zero_init skips the whole first step, as in euler_sample; that leaves an error of first order.
+    """
+    x = noise.float()
+    guiding = (guidance, guidance_interval, internal_guidance)
+    for i, (t, t_next) in enumerate(itertools.pairwise(euler_times(steps, shift))):
+        if zero_init and i == 0 and is_guided(t, guidance, guidance_interval):
+            continue
+        v = guided_velocity(model, x, t, y, *guiding)
+        v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, *guiding)
+        x = x + (t_next - t) * (v + v_next) / 2
     return x
 
 

@@ -170,7 +170,7 @@ class Golden(Case):
                 super().__init__()
                 self.tokens = tokens.transpose(1, 2)
 
-            def forward(self, x, grid=None):
+            def forward(self, x, grid=None, layers=1):
                 return self.tokens
 
         ae = svg.Autoencoder(Tokens(h), residual={"dim": 8, "depth": 1, "heads": 1}, decoder={"ch": 32})

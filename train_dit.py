@@ -40,7 +40,11 @@ def parse_args():
         help="standard deviation at which the residual enters the transformer; the features' is 1")
     add("--cache", metavar="FOLDER", type=runs.new_folder, help="encode all images and their mirror images "
         "once, in half precision, to this folder, and train from it; other runs may share it")
-    add("--shift", type=runs.number(above=0), default=0.4, help="timestep shift in training")
+    add("--shift", type=runs.number_or_auto, default=0.4, help="timestep shift in training; auto: "
+        "sqrt(4096 / (N C)), 0.20 for latents of 256 x 392 (RAE, arXiv 2510.11690: gFID 23.1 -> 4.8)")
+    add("--mid-loss", type=runs.number(), default=0.0,
+        help="weight of the flow loss of a second head after a third of the blocks, for sample.py "
+        "--internal-guidance; 0: no such head (arXiv 2512.24176: 0.5; SiT-XL's FID 1.75 without --guidance)")
     add("--label-dropout", type=runs.number(0, 1), default=0.1, help="share of images trained without class")
     add("--ema-decay", type=runs.number(0, 1), default=0.9999, help="decay of the averaged weights per step")
     add("--preview-steps", type=runs.positive, default=10, help="Euler steps of the preview samples")
@@ -60,12 +64,12 @@ def model_size(text):
     return text
 
 
-def build_sit(size, ae, num_classes, qk_norm):
+def build_sit(size, ae, num_classes, qk_norm, middle_head):
     """Return a new transformer for the latents of an autoencoder."""
     if size not in svg.SIT_SIZES:
         depth, dim, heads = map(int, size.split(","))
         size = {"depth": depth, "dim": dim, "heads": heads}
-    return svg.SiT(size, ae.channels, num_classes, ae.grid, qk_norm)
+    return svg.SiT(size, ae.channels, num_classes, ae.grid, qk_norm, middle_head)
 
 
 def open_autoencoder(args):
@@ -95,6 +99,12 @@ def say_autoencoder(ae, path):
         warnings.warn(f"{path} is {state}: this run takes its weights of now")
 
 
+def loss_by_u(losses, u):
+    """Return sums and counts [2, 4] of the losses [B] of images whose u [B] is in each quarter of [0, 1]."""
+    inside = (4 * u).floor().view(-1, 1) == torch.arange(4, device=u.device)  # [B, 4]
+    return torch.stack([(losses.view(-1, 1) * inside).sum(0), inside.sum(0)])
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """Set ema = decay * ema + (1 - decay) * model, for every parameter."""
@@ -110,6 +120,8 @@ def main():
     # Autoencoder and data.
     ae, ae_path = open_autoencoder(args)
     ae.to(device).eval().requires_grad_(False)
+    if args.shift == "auto":
+        args.shift = svg.auto_shift(ae.grid, ae.channels)
     if args.residual_scale != 1 and ae.channels == ae.feature_channels:
         raise UserError(f"--residual-scale {args.residual_scale:g}: {ae_path} has no residual")
     if args.bench:
@@ -127,7 +139,7 @@ def main():
 
     # Model and optimiser.
     torch.manual_seed(args.seed)  # every rank starts from the same weights
-    model = build_sit(args.model, ae, len(classes), args.qk_norm).to(device)
+    model = build_sit(args.model, ae, len(classes), args.qk_norm, args.mid_loss > 0).to(device)
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0,
@@ -144,7 +156,7 @@ def main():
     mine = slice(runs.rank() * local_batch, (runs.rank() + 1) * local_batch)  # of the global batch
 
     def train_step(step, images, y):
-        """Step the optimiser on images and labels [B]: loss, gradient norm, whether skipped.
+        """Step the optimiser on images and labels [B]: mean losses, loss_by_u, gradient norm, if skipped.
 
         images: uint8 [B, H, W, 3], or with --cache their moments and those of their mirror images.
         """
@@ -163,20 +175,30 @@ def main():
         x = torch.where(flip, mirrored, plain)
         y = svg.drop_labels(y.to(device, non_blocking=True), model.num_classes, args.label_dropout, drop)
         opt.zero_grad(set_to_none=True)
-        total = 0
+        totals = torch.zeros(2, device=device)
+        by_u = torch.zeros(2, 4, device=device)
         parts = runs.micro_batches(args.accumulate, [parallel_model], x, y, *draws)
         for x, labels, u, noise, *posterior_noise in parts:
             with runs.autocast(device, args.precision):
                 with torch.no_grad():
                     moments = x if args.cache else ae.moments(x)
                     latents = ae.normalize(ae.draw(moments, *posterior_noise))
-                losses = svg.flow_loss(parallel_model, latents, labels, args.shift, u, noise)
+                losses = svg.flow_loss(parallel_model, latents, labels, args.shift, u, noise,
+                                       args.mid_loss > 0)
+                mid_loss = torch.zeros((), device=device)
+                if args.mid_loss:
+                    losses, mid_losses = losses
+                    mid_loss = mid_losses.sum() / len(y)
                 loss = losses.sum() / len(y)
-            loss.backward()
-            total = total + loss.detach()
+            (loss + args.mid_loss * mid_loss).backward()
+            totals += torch.stack([loss.detach(), mid_loss.detach()])
+            by_u += loss_by_u(losses.detach(), u)
         grad_norm, skipped = runs.optimizer_step(opt, clip=args.clip)
         update_ema(ema, model, args.ema_decay)
-        return total, grad_norm, skipped
+        means = {"loss": totals[0]}
+        if args.mid_loss:
+            means["mid_loss"] = totals[1]
+        return means, by_u, grad_norm, skipped
 
     if args.bench:
         def make(n):
@@ -192,6 +214,9 @@ def main():
     # The run to resume, or the latents' mean and std to start with.
     runs.say_start(device, args.precision, runs.describe(dataset, args.data),
                    runs.millions(SiT=model, autoencoder=ae), f"writes {run.path}/")
+    if model.config["model"]["dim"] < ae.channels:
+        runs.say(f"warning: a width of {model.config['model']['dim']} below the {ae.channels} channels of a "
+                 f"token: such a transformer cannot fit them (RAE, arXiv 2510.11690); give a larger --model")
     step = 0
     checkpoint = run.resume()
     if checkpoint:
@@ -224,10 +249,10 @@ def main():
     while step < args.steps and not stop:
         images, y, corrupt = next(batches)
         run.report_corrupt(dataset, corrupt)
-        loss, grad_norm, skipped = train_step(step, images, y)
+        losses, by_u, grad_norm, skipped = train_step(step, images, y)
         step += 1
         stop = run.stopped()
-        run.record(step, {"loss": loss}, grad_norm, skipped)
+        run.record(step, losses, grad_norm, skipped, {f"loss_u{i + 1}": by_u[:, i] for i in range(4)})
 
         # Preview.
         if step % args.preview_every == 0 or step == args.steps:
