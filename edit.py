@@ -51,6 +51,16 @@ def target_names(dataset):
     return targets
 
 
+def reconstruction(ae, images, indices, args, device):
+    """Return what uint8 images [B, H, W, 3] of these items look like after encoding and decoding."""
+    with torch.no_grad(), runs.autocast(device, args.precision):
+        latents = ae.encode(data.to_float(images, device), args.align)
+        if args.noise:
+            noise = svg.sample_noise(0, [i for i, _ in indices], latents.shape[1:]).to(device)
+            latents = latents + args.noise * ae.latent_std * noise
+        return data.to_uint8(ae.decode(latents))
+
+
 def reconstruct(args, device):
     """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG.
 
@@ -83,18 +93,14 @@ def reconstruct(args, device):
     items = [[(i, 0) for i in mine[j:j + args.batch]] for j in range(0, len(mine), args.batch)]
     batches = data.batches_of(dataset, items, args.workers)
     batches = runs.progress(batches, "reconstructing", len(targets), data.batch_size)
-    for indices, (images, _, corrupt) in zip(items, batches, strict=True):
-        with torch.no_grad(), runs.autocast(device, args.precision):
-            latents = ae.encode(data.to_float(images, device), args.align)
-            if args.noise:
-                noise = svg.sample_noise(0, [i for i, _ in indices], latents.shape[1:]).to(device)
-                latents = latents + args.noise * ae.latent_std * noise
-            images = data.to_uint8(ae.decode(latents))
-        for (i, _), image, bad in zip(indices, images, corrupt.tolist(), strict=True):
-            if bad >= 0:
-                warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
-            else:
-                files.save_image(out / targets[i], image)
+    with files.image_threads() as save_image:
+        for indices, (images, _, corrupt) in zip(items, batches, strict=True):
+            images = reconstruction(ae, images, indices, args, device)
+            for (i, _), image, bad in zip(indices, images, corrupt.tolist(), strict=True):
+                if bad >= 0:
+                    warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
+                else:
+                    save_image(out / targets[i], image)
     runs.barrier()
     if runs.rank() != 0:
         return

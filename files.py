@@ -3,6 +3,8 @@
 A file is written whole or not at all. A file that cannot be used ends in a UserError that names it and says
 what to do.
 """
+import collections
+import contextlib
 import hashlib
 import json
 import math
@@ -12,6 +14,7 @@ import struct
 import sys
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +103,31 @@ def save_image(path, image):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    write_atomically(path, lambda file: image.save(file, "PNG"), sync=False)
+    # Level 1: half the time of the default, files a tenth larger.
+    write_atomically(path, lambda file: image.save(file, "PNG", compress_level=1), sync=False)
+
+
+@contextlib.contextmanager
+def image_threads():
+    """Yield a save_image that returns at once; the block's end waits for the files and raises their errors.
+
+    Pillow compresses outside of Python's lock, so as many files are made at a time as there are cores.
+    """
+    threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        pending = collections.deque()
+
+        def save(path, image):
+            pending.append(pool.submit(save_image, path, image))
+            while len(pending) > 8 * threads:  # no more in memory
+                pending.popleft().result()
+
+        try:
+            yield save
+            for file in pending:
+                file.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # -- Reading -----------------------------------------------------------------------------------------------

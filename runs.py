@@ -4,6 +4,7 @@ Nothing here knows the method. `Run` is one training run: runs/<name>/ with conf
 last.pt, numbered checkpoints and preview grids.
 """
 import argparse
+import collections
 import contextlib
 import errno
 import fcntl
@@ -21,6 +22,7 @@ import socket
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -535,6 +537,18 @@ def progress(batches, what, total, count=len):
             rate = done / (shown - start)
             say(f"{what}: {done:,}/{total:,} images  {rate:.1f} images/s  "
                 f"{duration((total - done) / rate)} left")
+
+
+def computed_ahead(function, items):
+    """Yield function(item) of each item, the next one being computed in a thread meanwhile."""
+    with ThreadPoolExecutor(1) as pool:
+        results = collections.deque()
+        for item in items:
+            results.append(pool.submit(function, item))
+            if len(results) > 1:
+                yield results.popleft().result()
+        for result in results:
+            yield result.result()
 
 
 # -- Folders that a program writes -------------------------------------------------------------------------

@@ -204,11 +204,18 @@ def write_images(sit, ae, numbers, out, args, device):
     """Write this rank's share of the images, with progress lines from rank 0."""
     mine = list(range(args.num))[runs.rank()::runs.world_size()]
     parts = [mine[j:j + args.batch] for j in range(0, len(mine), args.batch)]
-    for indices in runs.progress(parts, "sampling", args.num):
-        noise = svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels)).to(device)
-        y = torch.tensor([label_of(i, numbers, args) for i in indices], device=device)
-        for i, image in zip(indices, images_of(sit, ae, noise, y, args), strict=True):
-            files.save_image(out / f"{i:06d}.png", image)
+    full = parts
+    if args.compile:  # the last batch at the size of the others, for which there is a graph
+        full = [part + part[-1:] * (len(parts[0]) - len(part)) for part in parts]
+    drawn = runs.computed_ahead(
+        lambda indices: svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels)), full)
+    shown = runs.progress(parts, "sampling", args.num)
+    with files.image_threads() as save_image:
+        for part, indices, noise in zip(shown, full, drawn, strict=True):
+            y = torch.tensor([label_of(i, numbers, args) for i in indices], device=device)
+            images = images_of(sit, ae, noise.to(device), y, args)
+            for i, image in zip(part, images):
+                save_image(out / f"{i:06d}.png", image)
 
 
 def write_npz(path, images):

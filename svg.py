@@ -29,20 +29,22 @@ from runs import all_reduce, world_size
 # -- Image -> tokens: one vision transformer for every frozen encoder and for the residual encoder ---------
 
 
-def rope_angles(periods, h, w):
-    """Return the angles [h*w, 4*len(periods)] of DINOv3's rotary positions, patch centres in [-1, 1]."""
+def rotary_positions(periods, h, w):
+    """Return cosines and sines [2, h*w, 4*len(periods)] of DINOv3's rotary positions, centres in [-1, 1]."""
     y = (torch.arange(h, device=periods.device) + 0.5) / h * 2 - 1
     x = (torch.arange(w, device=periods.device) + 0.5) / w * 2 - 1
     centres = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).reshape(-1, 2, 1)  # [h*w, 2, 1]
     angles = 2 * math.pi * centres / periods.float()  # [h*w, 2, len(periods)]
-    return angles.flatten(1).repeat(1, 2)
+    angles = angles.flatten(1).repeat(1, 2)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x, angles):
+def rotate(x, positions):
     """Rotate the patch tokens of x [B, heads, tokens, head_dim]; the tokens before them stay."""
-    prefix, patches = x.split([x.shape[2] - len(angles), len(angles)], 2)
+    cos, sin = positions
+    prefix, patches = x.split([x.shape[2] - len(cos), len(cos)], 2)
     a, b = patches.chunk(2, -1)
-    patches = patches * angles.cos() + torch.cat([-b, a], -1) * angles.sin()
+    patches = patches * cos + torch.cat([-b, a], -1) * sin
     return torch.cat([prefix, patches.to(x.dtype)], 2)
 
 
@@ -58,14 +60,14 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, angles=None):
+    def forward(self, x, positions=None):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q = self.q_norm(q).to(v.dtype)  # [B, heads, N, D/heads]
         k = self.k_norm(k).to(v.dtype)
-        if angles is not None:
-            q = rotate(q, angles)
-            k = rotate(k, angles)
+        if positions is not None:
+            q = rotate(q, positions)
+            k = rotate(k, positions)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -122,8 +124,8 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, angles=None):
-        x = x + self.dropout(self.ls1(self.attn(self.norm1(x), angles)))
+    def forward(self, x, positions=None):
+        x = x + self.dropout(self.ls1(self.attn(self.norm1(x), positions)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -183,17 +185,17 @@ class ViT(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B, h*w, dim]
         if self.cls:
             x = torch.cat([self.cls_token.expand(B, -1, -1), x], 1)
-        angles = None
+        rotary = None
         if self.grid:
             x = x + self.positions(h, w)
         else:
-            angles = rope_angles(self.rope_periods, h, w)
+            rotary = rotary_positions(self.rope_periods, h, w)  # once, for all blocks
         if self.prefix > 1:
             x = torch.cat([x[:, :1], self.register_tokens.expand(B, -1, -1), x[:, 1:]], 1)
         x = self.dropout(x)
         last = []
         for block in self.blocks:
-            x = block(x, angles)
+            x = block(x, rotary)
             last = [*last, x][-layers:]
         if layers == 1:
             return self.norm(x)
@@ -923,10 +925,11 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t):
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        angles = t.float()[:, None] * frequencies
+        angles = t.float()[:, None] * self.frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 

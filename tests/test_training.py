@@ -26,6 +26,7 @@ from tests.helpers import (
     MINI_AE,
     MINI_DIT,
     REAL_DATA,
+    ROOT,
     Case,
     demo_images,
     ok,
@@ -121,6 +122,43 @@ class Commands(Case):
         self.assertEqual((code, err.count("\n")), (0, 1), err)
         self.assertRegex(err, r"warning: data/a/1\.png.*skipped \(1 so far\)")
         self.assertEqual(read_log("ae")[-1]["corrupt"], 1)
+
+
+# A program's main under torchrun, whose compiled graphs are counted and run as they are.
+COUNTED = """
+import importlib, sys
+sys.path.insert(0, {root!r})
+import torch
+import runs
+graphs = []
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+compiled = torch.compile
+torch.compile = lambda function, **settings: compiled(function, **{{**settings, "backend": backend}})
+program = sys.argv.pop(1)
+runs.run_main(importlib.import_module(program).main)
+print("graphs", len(graphs), "breaks", sum(torch._dynamo.utils.counters["graph_break"].values()))
+"""
+
+
+class Compiled(Case):
+    def test_no_graph_breaks_and_none_is_compiled_twice(self):
+        Path("counted.py").write_text(COUNTED.format(root=str(ROOT)))
+        often = " --save-every 2 --preview-every 2 --workers 0 --compile --steps"
+        ae = MINI_AE + " --gan 0.5 --disc-start 2"
+        dit = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt"
+        sample = f"sample --ckpt {shapes.DEMO_PT} --batch 2 --steps 2 --compile --num"
+        for graphs, command, processes in (
+                (9, ae + often + " 2", 1), (9, ae + often + " 5", 1),  # train, preview, measure, save, train
+                (3, dit + often + " 2", 1), (3, dit + often + " 5", 1),
+                (3, dit + often + " 5 --accumulate 2", 2),
+                (2, sample + " 2", 1), (2, sample + " 5", 1)):
+            with self.subTest(command):
+                shutil.rmtree("runs", ignore_errors=True)
+                script, *flags = command.split()
+                out = shell(f"{self.folder}/counted", script, *flags, processes=processes)
+                self.assertEqual(out.count(f"graphs {graphs} breaks 0"), processes, out[-300:])
 
 
 class Cache(Case):
