@@ -176,8 +176,8 @@ def parse_args():
     args = parser.parse_args()
     if args.residual_channels == 0 and args.align == "none":
         raise UserError("--align none does nothing with --residual-channels 0: leave one of them out")
-    idle = ("encoder", "encoder_layers", "residual_channels", "align", "mask_ratio", "residual_dim", "residual_depth",
-            "residual_dropout", "noise") if args.vae else ("kl",)
+    idle = ("encoder", "residual_channels", "align", "mask_ratio", "residual_dim", "residual_depth",
+            "residual_dropout", "encoder_layers", "noise") if args.vae else ("kl",)
     for name in idle:
         if getattr(args, name) != parser.get_default(name):
             flag = f"--{name.replace('_', '-')}"
