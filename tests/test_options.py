@@ -327,6 +327,7 @@ class Refusals(Case):
             ("train_dit --demo --mid-loss inf", "--mid-loss"),
             ("train_dit --demo --shift 0", "--shift"), ("train_dit --demo --shift automatic", "--shift"),
             ("train_ae --demo --encoder-layers 0", "--encoder-layers"),
+            ("train_ae --demo --vae 4 --noise 1", "--noise", "--vae"),
             ("train_ae --demo --noise -0.1", "--noise"), ("sample --sampler rk4", "--sampler"),
             ("sample --internal-guidance nan", "--internal-guidance"), ("sample --shift -1", "--shift"),
             ("edit reconstruct in --noise -1", "--noise")])
