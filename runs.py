@@ -484,6 +484,13 @@ def peak_gib(device):
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
+def total_gib(device):
+    """Return the memory of a GPU in GiB; infinite for other devices, of which others take their share."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / 2**30
+    return math.inf
+
+
 def duration(seconds):
     """Format seconds as h:mm:ss, with any number of hours."""
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"

@@ -105,6 +105,22 @@ def loss_by_u(losses, u):
     return torch.stack([(losses.view(-1, 1) * inside).sum(0), inside.sum(0)])
 
 
+def training_gib(model, images, bf16):
+    """Return about how many GiB training takes of a device, eager, for so many images at a time.
+
+    Weights, gradients, Adam's two moments and the EMA in fp32, with bf16 a copy of the weights; and what the
+    backward pass keeps: per token, channel of the width and block 55 bytes, in fp32 93, or with recomputation
+    the input and the step's condition alone, and one block whole (counted, see docs/runs.md).
+    """
+    size = model.config["model"]
+    block = 55 if bf16 else 93
+    kept = block * size["depth"]
+    if model.recompute:
+        kept = 4.5 * size["depth"] + block
+    parameters = sum(p.numel() for p in model.parameters())
+    return (parameters * (22 if bf16 else 20) + images * model.grid ** 2 * size["dim"] * kept) / 2**30
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """Set ema = decay * ema + (1 - decay) * model, for every parameter."""
@@ -217,6 +233,10 @@ def main():
     if model.config["model"]["dim"] < ae.channels:
         runs.say(f"warning: a width of {model.config['model']['dim']} below the {ae.channels} channels of a "
                  f"token: such a transformer cannot fit them (RAE, arXiv 2510.11690); give a larger --model")
+    needed = training_gib(model, local_batch // args.accumulate, args.precision == "bf16")
+    if needed > runs.total_gib(device):
+        runs.say(f"warning: --batch {args.batch} takes about {needed:.0f} GiB, of "
+                 f"{runs.total_gib(device):.0f} that the device has: give --accumulate N or --recompute")
     step = 0
     checkpoint = run.resume()
     if checkpoint:

@@ -16,12 +16,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import files
 import runs
 import shapes
 import svg
+import train_dit
 from tests.helpers import (
     MINI_AE,
     MINI_DIT,
@@ -159,6 +161,49 @@ class Compiled(Case):
                 script, *flags = command.split()
                 out = shell(f"{self.folder}/counted", script, *flags, processes=processes)
                 self.assertEqual(out.count(f"graphs {graphs} breaks 0"), processes, out[-300:])
+
+
+class Memory(Case):
+    def test_the_estimate_is_what_the_backward_pass_keeps(self):
+        def kept(model, images, bf16):
+            """The bytes of all storages that autograd saves, parameters aside."""
+            own = {p.untyped_storage()._cdata for p in model.parameters()}
+            storages = {}
+            tensors = []  # alive, or a storage's address could be used again
+
+            def pack(tensor):
+                tensors.append(tensor)
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    storages[storage._cdata] = storage.nbytes()
+                return tensor
+
+            inputs = torch.randn(images, 256, 392), torch.rand(images), torch.zeros(images, dtype=torch.long)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+                    torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                model(*inputs)
+            return sum(storages.values())
+
+        with FakeTensorMode():  # shapes without numbers
+            model = svg.SiT("B")
+            for bf16 in (True, False):
+                for model.recompute in (False, True):
+                    expected = (kept(model, 5, bf16) - kept(model, 1, bf16)) / 4 / 2**30
+                    if model.recompute:  # and the block that is computed again
+                        model.recompute = False
+                        expected += (kept(model, 5, bf16) - kept(model, 1, bf16)) / 4 / 12 / 2**30
+                        model.recompute = True
+                    estimates = [train_dit.training_gib(model, n, bf16) for n in (0, 1)]
+                    self.assertAlmostEqual((estimates[1] - estimates[0]) / expected, 1, delta=0.1)
+            weights = sum(p.numel() for p in model.parameters())
+        self.assertAlmostEqual(estimates[0], weights * 4 * 5 / 2**30)  # fp32: w, gradient, m, v, EMA
+
+    def test_a_batch_that_cannot_fit_is_named_at_the_start(self):
+        command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 1"
+        with mock.patch("runs.total_gib", lambda device: 0.001):
+            self.assertRegex(ok(command), "warning: --batch 8 takes about 0 GiB, of 0 that the device has: "
+                                          "give --accumulate N or --recompute")
+        self.assertNotIn("warning: --batch", ok(command + " --name other"))
 
 
 class Cache(Case):
