@@ -6,6 +6,7 @@ Every dataset here maps an item (index, position) to (uint8 [size, size, 3], lab
 or -1), and has `classes`, `labels` and `name(index)`. `position` is the item's place in the endless stream of
 a run; it seeds the random crop.
 """
+import argparse
 import contextlib
 import hashlib
 import itertools
@@ -270,8 +271,10 @@ def dataset_fingerprint(dataset):
     else:
         names = ["images.npy"] if isinstance(dataset, Packed) else []  # drawn shapes have no file
     for name in names:
-        stat = os.stat(os.path.join(dataset.root, name))
-        digest.update(f"{name} {stat.st_size} {stat.st_mtime_ns}".encode(errors="surrogateescape"))
+        digest.update(os.fsencode(name))
+        with contextlib.suppress(OSError):  # a dangling link: a corrupt image, which encoding reports
+            stat = os.stat(os.path.join(dataset.root, name))
+            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -348,88 +351,122 @@ def spread_batches(dataset, count, batch, workers, device):
 class Cached(torch.utils.data.Dataset):
     """What `cache_latents` wrote: items (float16 [2, N, C], label, -1), of an image and its mirror image."""
 
-    def __init__(self, folder, classes):
+    def __init__(self, folder, classes, count):
         self.root = str(folder)
         self.classes = classes
-        try:
-            self.rows = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
-        except (OSError, ValueError) as e:
-            raise UserError(f"--cache {folder}: damaged ({files.short_error(e)}): remove it, and it is "
-                            f"encoded again") from e
+        self.rows = open_rows(folder, count)
         self.labels = self.rows["label"]
 
     def __len__(self):
         return len(self.rows)
 
     def __reduce__(self):  # as Packed
-        return Cached, (self.root, self.classes)
+        return Cached, (self.root, self.classes, len(self))
+
+    def name(self, index):
+        return f"{self.root} latent {index}"
 
     def __getitem__(self, item):
         row = self.rows[item[0]]
         return np.array(row["latents"]), int(row["label"]), -1
 
 
-def cache_state(folder, about):
+def open_rows(folder, count):
+    """Return the memory-mapped rows of a folder of cached latents; UserError for a damaged file."""
+    try:
+        rows = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
+        if rows.shape != (count,) or rows.dtype.names != ("latents", "label"):
+            raise ValueError(f"{rows.dtype} {list(rows.shape)}")
+    except Exception as e:  # as in Packed
+        raise UserError(f"--cache {folder}: latents.npy is damaged ({files.short_error(e)}): remove the "
+                        f"folder, and it is encoded again") from e
+    return rows
+
+
+def cache_state(folder, about, count):
     """Return what a folder of cached latents says of them; {} if it is new or empty.
 
-    about: what the latents depend on. Raises UserError for those of something else.
+    about: what the latents depend on; count: of images. Raises UserError for the latents of something else,
+    and for a folder that cannot be written where there is something to write.
     """
     folder = Path(folder)
     state = files.read_json(folder / "cache.json")
-    if folder.exists() and not state and set(os.listdir(folder)) - {runs.LOCK}:
+    if state and state.get("kind") != "latents" or (
+            not state and folder.exists() and set(os.listdir(folder)) - {runs.LOCK}):
         raise UserError(f"--cache {folder} is not empty and holds no latents: give another folder")
-    stale = [name for name in about if state and about[name] != state.get(name)]
+    stale = []
+    for name, value in about.items():
+        known = state.get(name, value)
+        numbers = isinstance(value, list) and isinstance(known, list) and len(value) == len(known)
+        # Numbers that were measured in other batches differ by rounding.
+        if not (np.allclose(value, known, 1e-3, 1e-5) if numbers else value == known):
+            stale.append(name)
     if stale:
-        raise UserError(f"--cache {folder} is stale, made with other {', '.join(stale)}: remove it, or give "
-                        f"another folder")
+        raise UserError(f"--cache {folder} is stale, made with other {', '.join(stale)}: give another "
+                        f"folder, or remove it")
+    if state.get("encoded") != count:
+        try:
+            runs.new_folder(folder)
+        except argparse.ArgumentTypeError as e:
+            raise UserError(f"--cache {e}") from e
     return state
 
 
-def cache_latents(folder, dataset, encode, about, batch, workers, device, report):
+def cache_latents(folder, dataset, encode, shape, about, batch, workers, device, report):
     """Encode a dataset and its mirror images once, in half precision, and return it as a dataset of latents.
 
-    encode(images [B, 3, H, W]) -> [B, N, C]; about: what its answer depends on, dataset_fingerprint among it;
-    batch: images at a time and process; report(dataset, indices): is told of corrupt images. Writes
-    latents.npy, records of "latents", float16 [2, N, C], and "label", and cache.json. A stopped run goes on
+    encode(images [B, 3, H, W]) -> [B, *shape]; about: what its answer depends on, dataset_fingerprint among
+    it; batch: images at a time and process; report(dataset, indices): is told of corrupt images. Writes
+    latents.npy, records of "latents", float16 [2, *shape], and "label", and cache.json. A stopped run goes on
     where it was.
     """
     folder = Path(folder)
-    state = cache_state(folder, about)
-    runs.barrier()  # every process has read the state before the first one changes it
-    if state.get("encoded") != len(dataset):
+    count = len(dataset)
+    state = cache_state(folder, about, count)
+    if runs.all_reduce(torch.tensor(state.get("encoded") == count, dtype=torch.int64)) < runs.world_size():
         if runs.rank() == 0:
             runs.lock_folder(folder)
-        write_latents(folder, dataset, encode, {"encoded": 0, **about, **state}, batch, workers, device,
-                      report)
+        runs.barrier()
+        state = cache_state(folder, about, count)  # another run may have changed it before the lock
+        runs.barrier()  # every process has read it before the first one changes it
+        if state.get("encoded") != count:
+            state = {"kind": "latents", "encoded": 0, "corrupt": [], **about, **state}
+            write_latents(folder, dataset, encode, shape, state, batch, workers, device, report)
         if runs.rank() == 0:
             runs.unlock_folder(folder)
-    return Cached(folder, dataset.classes)
+    elif runs.rank() == 0:
+        report(dataset, torch.tensor(state["corrupt"], dtype=torch.int64))
+    return Cached(folder, dataset.classes, count)
 
 
 @torch.no_grad()
-def write_latents(folder, dataset, encode, state, batch, workers, device, report):
+def write_latents(folder, dataset, encode, shape, state, batch, workers, device, report):
     """Write the rows of latents.npy after state["encoded"], each process its share, and keep cache.json."""
     count = len(dataset)
-    sample = encode(to_float(torch.from_numpy(dataset[0, 0][0][None]), device))
-    row = np.dtype([("latents", np.float16, (2, *sample.shape[1:])), ("label", np.int64)])
+    first = state["encoded"]
+    row = np.dtype([("latents", np.float16, (2, *shape)), ("label", np.int64)])
     path = folder / "latents.npy"
-    if runs.rank() == 0 and not state["encoded"]:
+    if runs.rank() == 0 and first == 0:
         if shutil.disk_usage(folder).free < count * row.itemsize:
             raise UserError(f"--cache {folder}: {count:,} latents take {count * row.itemsize / 1e9:.3g} GB, "
                             f"more than the disk has: give another place, or train without --cache")
-        np.lib.format.open_memmap(path, "w+", row, (count,))
         files.write_json(folder / "cache.json", state)
+        path.unlink(missing_ok=True)  # a run that reads an old file keeps it
+        np.lib.format.open_memmap(path, "w+", row, (count,))
     runs.barrier()
-    first = state["encoded"]
+    header = open_rows(folder, count).offset
+
+    # Chunks of images, one of each process at a time. Not through the memory map: on a full disk that kills.
     chunks = [[(i, 0) for i in range(start, min(start + batch, count))]
               for start in range(first, count, batch)]
     mine = chunks[runs.rank()::runs.world_size()]
     batches = iter(runs.progress(batches_of(dataset, mine, workers), "encoding", count - first, batch_size))
+    found = set(state["corrupt"])
     with open(path, "r+b") as file:
-        header = os.path.getsize(path) - count * row.itemsize
-        for i in range(0, len(chunks), runs.world_size()):  # one chunk of each process
+        for i in range(0, len(chunks), runs.world_size()):
             for images, labels, corrupt in itertools.islice(batches, 1):
                 report(dataset, corrupt)
+                found |= set(corrupt.tolist()) - {-1}
                 images = to_float(images, device)
                 both = torch.stack([encode(images), encode(images.flip(-1))], 1).half()
                 if not both.isfinite().all():
@@ -439,15 +476,25 @@ def write_latents(folder, dataset, encode, state, batch, workers, device, report
                 rows["latents"] = both.cpu().numpy()
                 rows["label"] = labels
                 file.seek(header + mine[i // runs.world_size()][0][0] * row.itemsize)
-                file.write(rows.tobytes())
+                write_rows(file, rows, folder)
             if i % (8 * runs.world_size()) == 0 or i + runs.world_size() >= len(chunks):
-                file.flush()
-                os.fsync(file.fileno())  # first the rows of all processes, then the record of them
-                runs.barrier()
+                everywhere = runs.gather(found)  # first the rows of all processes, then the record of them
                 if runs.rank() == 0:
                     state["encoded"] = min(count, first + (i + runs.world_size()) * batch)
+                    state["corrupt"] = sorted(set().union(*everywhere))
                     files.write_json(folder / "cache.json", state)
     runs.barrier()
+
+
+def write_rows(file, rows, folder):
+    """Write rows at a file's position, and wait for the disk."""
+    try:
+        file.write(rows.tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as e:
+        raise UserError(f"--cache {folder}: not written ({e.strerror}): make room, and the same command goes "
+                        f"on; or train without --cache") from e
 
 
 # -- python data.py pack -----------------------------------------------------------------------------------

@@ -70,7 +70,8 @@ def reconstruct(args, device):
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
     check_alignment(ae, path, args)
     if args.noise and not ae.measured:
-        raise UserError(f"--noise {args.noise:g}: {path} holds no standard deviations of its latents")
+        raise UserError(f"--noise {args.noise:g}: {path} holds no standard deviations of its "
+                        f"latents: train it to its end, or resume it")
     if args.beside:
         beside = svg.load_autoencoder(args.beside, weights_dir=args.weights).to(device)
         if beside.image_size != ae.image_size or not beside.aligned:

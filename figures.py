@@ -79,7 +79,7 @@ def line_chart(curves, title, x_name, log=False):
         across, down = place(x, y)
         draw.line([(left, down), (right, down)], fill="#dddddd")
         draw.text((4, down - 7), f"{unscale(y):.3g}", fill="black", font=font)
-        digits = 2 if unscale(x_high) < 10 else 0
+        digits = 2 if unscale(x_high) <= 1 else 0
         draw.text((across - 12, bottom + 6), f"{unscale(x):.{digits}f}", fill="black", font=font)
     for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS)):
         draw.line([place(scale(x), scale(y)) for x, y in curve], fill=colour, width=2)

@@ -35,7 +35,7 @@ import shapes
 import svg
 from fid import frechet_distance, moments
 from files import UserError
-from sample import add_model_flags, class_numbers, find_models
+from sample import add_model_flags, class_numbers, find_models, fit_flow_flags
 
 # -- Frozen features ---------------------------------------------------------------------------------------
 
@@ -555,8 +555,12 @@ def flow(args, device):
     held-out images. It sees no decoder, and compares models of one encoder.
     """
     sit, ae, path = find_models(args, device, decode_only=False)
+    fit_flow_flags(args, sit)
+    if args.train_shift == "auto":
+        args.train_shift = svg.auto_shift(sit.grid, sit.channels)
     dataset = data.open_data(args.data, ae.image_size)
-    if dataset.classes != sit.meta.get("classes", dataset.classes):
+    known = sit.meta.get("classes", dataset.classes)
+    if dataset.classes != known or len(known) != sit.num_classes:
         raise UserError(f"--data {args.data}: not the classes that {path} was trained on")
     runs.say(f"{path} | {runs.describe(dataset, args.data)}")
 
@@ -566,6 +570,8 @@ def flow(args, device):
 
     chosen = np.linspace(0, len(dataset), min(args.images, len(dataset)), endpoint=False).astype(int)
     latents, y = next(encode(latents_of, dataset, [torch.from_numpy(chosen)], args, device))
+    if len(y) < 2:
+        raise UserError(f"--images {args.images}: fewer than 2 readable ones of --data {args.data}")
     noise = svg.sample_noise(args.seed, range(len(y)), latents.shape[1:]).to(device)
     parts = list(zip(*(x.split(args.encode_batch) for x in (latents, y, noise)), strict=True))
     channels = {"features": slice(ae.feature_channels)}
@@ -738,7 +744,7 @@ DEMO = {  # the defaults that --demo replaces
                 "outputs": 1 + len(shapes.CLASSES), "least_scale": 1.0},
     "depth": {**TINY, "lr": 2e-3, "epochs": 5, "width": 64},
     "space": {**TINY, "ae": [shapes.DEMO_PT], "images": 500},
-    "flow": {"data": "shapes://val", "ckpt": shapes.DEMO_PT, "workers": 0},
+    "flow": {"data": "shapes://val", "workers": 0},
 }
 
 
@@ -817,13 +823,16 @@ def parse_args():
     add("--classes", type=runs.positive, default=20, help="of the data's, evenly spaced among them")
 
     command, add = add_probe("flow")
+    command.set_defaults(internal_guidance=1.0)
     add_model_flags(add)
     add("--data", default="data/imagenet/val", help=LAYOUTS["space"] + ", not those of the training")
-    add("--images", type=runs.positive, default=1000, help="images of them, and samples")
+    add("--images", type=runs.positive, default=1000,
+        help="images of them, and samples; as few as the features' channels bias the distance upward")
     add("--steps", type=runs.positive, nargs="+", default=[5, 25], help="Euler steps of the samples")
     add("--guidance", type=runs.number(0, 1000), default=1.0, help="guidance scale of the samples; 1: none")
-    add("--shift", type=runs.number(above=0), default=0.15, help="timestep shift in sampling")
-    add("--train-shift", type=runs.number(above=0), default=0.4, help="timestep shift of the loss's times")
+    add("--shift", type=runs.number_or_auto, default=0.15, help="timestep shift in sampling, as sample.py's")
+    add("--train-shift", type=runs.number_or_auto, default=0.4,
+        help="timestep shift of the loss's times, as train_dit.py's --shift")
     add("--encode-batch", type=runs.positive, default=64, help="images at a time")
     add("--workers", type=runs.not_negative, default=8, help="data loading processes")
     add("--precision", choices=("fp32", "bf16"), default=PRECISION, help="of the models' arithmetic")

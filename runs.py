@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import time
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -194,8 +195,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line.
 
-    demo: the defaults that --demo replaces.
+    demo: the defaults that --demo replaces. Parser.defaults: those without --demo, of the last one that ran.
     """
+    defaults = types.MappingProxyType({})
 
     def __init__(self, doc, demo=None, **settings):
         super().__init__(description=doc, formatter_class=HelpFormatter, allow_abbrev=False, **settings)
@@ -206,6 +208,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
+        Parser.defaults = {action.dest: action.default for action in self._actions}
         if getattr(parsed, "demo", False) and self.demo:
             self.set_defaults(**self.demo)
             parsed, rest = super().parse_known_args(args)
@@ -587,9 +590,8 @@ def lock_folder(folder):
 
 
 def unlock_folder(folder):
-    """Give a lock back before the program ends."""
+    """Give a lock back before the program ends; its file stays, or two could lock two files."""
     held_locks.pop(folder.resolve()).close()
-    (folder / LOCK).unlink()
 
 
 def is_locked(folder):
@@ -728,9 +730,10 @@ class Run:
         before = files.read_json(config_file)
         changed = []
         for key, value in config.items():
-            if key not in FREE_FLAGS and key in before and value != before[key]:  # a flag can be newer
-                name = key if key in self.facts else f"--{key.replace('_', '-')}"
-                changed.append(f"{name} {value} (was {before[key]})")
+            was = before.get(key, Parser.defaults.get(key, value))  # a flag can be newer than the run
+            if key not in FREE_FLAGS and value != was:
+                name = f"--{key.replace('_', '-')}" if key in vars(self.args) else key
+                changed.append(f"{name} {value} (was {was})")
         if changed:
             raise UserError(f"{self.path} holds a different run: {'; '.join(changed)}; give the same "
                             f"flags to resume it, or another --name")

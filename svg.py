@@ -39,9 +39,9 @@ def rotary_positions(periods, h, w):
     return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x, positions):
+def rotate(x, rotary):
     """Rotate the patch tokens of x [B, heads, tokens, head_dim]; the tokens before them stay."""
-    cos, sin = positions
+    cos, sin = rotary
     prefix, patches = x.split([x.shape[2] - len(cos), len(cos)], 2)
     a, b = patches.chunk(2, -1)
     patches = patches * cos + torch.cat([-b, a], -1) * sin
@@ -60,14 +60,14 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, positions=None):
+    def forward(self, x, rotary=None):
         B, N, D = x.shape
         q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         q = self.q_norm(q).to(v.dtype)  # [B, heads, N, D/heads]
         k = self.k_norm(k).to(v.dtype)
-        if positions is not None:
-            q = rotate(q, positions)
-            k = rotate(k, positions)
+        if rotary is not None:
+            q = rotate(q, rotary)
+            k = rotate(k, rotary)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -124,8 +124,8 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, positions=None):
-        x = x + self.dropout(self.ls1(self.attn(self.norm1(x), positions)))
+    def forward(self, x, rotary=None):
+        x = x + self.dropout(self.ls1(self.attn(self.norm1(x), rotary)))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -783,9 +783,9 @@ class VAE(LatentStatistics):
         mean, logvar = self.posterior(images)
         return torch.cat([mean, (logvar / 2).exp()], -1)
 
-    def draw(self, moments, noise):
+    def draw(self, moments, noise=None):
         mean, std = moments.chunk(2, -1)
-        return mean + std * noise
+        return mean + std * (torch.randn_like(mean) if noise is None else noise)
 
     def expectations(self, images):
         mean, std = self.moments(images).double().chunk(2, -1)
@@ -798,12 +798,9 @@ class VAE(LatentStatistics):
         [B, N, C], to draw it with; else the mean. align: ignored, there is nothing to align.
         """
         moments = self.moments(images)
-        mean = moments[..., :self.channels]
         if sample is None:
             sample = self.training or noise is not None
-        if not sample:
-            return mean
-        return self.draw(moments, torch.randn_like(mean) if noise is None else noise)
+        return self.draw(moments, noise) if sample else moments[..., :self.channels]
 
     def decode(self, latents, grid=None):
         """Return images [B, 3, H, W], nominally in [-1, 1], of latents [B, h*w, C]; grid: (h, w)."""
@@ -851,6 +848,7 @@ def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
         model = files.build(VAE, part["config"], path)
         files.strict_load(model, part["model"], path, "VAE", part["fingerprint"])
         model.fingerprint = part["fingerprint"]
+        model.step = part.get("step")
         return model.eval()
     if not isinstance(part, dict) or part.get("kind") != "autoencoder":
         raise UserError(f"{path}: not an autoencoder checkpoint (of train_ae.py, the authors', or a VAE): "
@@ -925,11 +923,10 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
-        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t):
-        angles = t.float()[:, None] * self.frequencies
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        angles = t.float()[:, None] * frequencies
         return self.mlp(torch.cat([angles.cos(), angles.sin()], -1))
 
 

@@ -145,7 +145,8 @@ def parse_args():
     runs.add_training_flags(parser, "ae", batch=512, lr=1e-4, steps=100_000)
     add = parser.add_argument
     add("--vae", type=runs.positive, metavar="CHANNELS", help="in place of SVG's autoencoder train a KL-VAE "
-        "of so many channels, with the same decoder and losses, as a control for stage 2")
+        "of so many channels, with the same decoder and losses, a control; --name is then vae by default, "
+        "and stage 2 takes it by --ae alone")
     add("--kl", type=runs.number(), default=1e-6, help="weight of the KL divergence of a --vae (LDM's)")
     add("--encoder", default="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
         help="frozen encoder: a path, or a file in the weights folder, to which these are downloaded: "
@@ -178,6 +179,8 @@ def parse_args():
         raise UserError("--align none does nothing with --residual-channels 0: leave one of them out")
     idle = ["kl"]
     if args.vae:
+        if args.name == parser.get_default("name"):
+            args.name = args.name.replace("ae", "vae")  # of --demo too
         idle = ["encoder", "encoder_layers", "residual_channels", "align", "mask_ratio", "residual_dim",
                 "residual_depth", "residual_dropout", "noise"]
     for name in idle:
@@ -274,7 +277,7 @@ def main():
         adversarial = args.gan > 0 and step + 1 >= args.disc_start
         opt.zero_grad(set_to_none=True)
         opt_disc.zero_grad(set_to_none=True)
-        totals = torch.zeros(3, device=device)
+        totals = torch.zeros(4, device=device)
         parts = runs.micro_batches(args.accumulate, [parallel_model, parallel_disc], images, masked, *draws)
         for x, mask, *noise in parts:
             part = len(x) / len(images)
@@ -301,7 +304,8 @@ def main():
                 with runs.autocast(device, args.precision):
                     d_loss = hinge_loss(parallel_disc(x).float(), parallel_disc(y.detach()).float())
                 (part * d_loss).backward()
-            totals += part * torch.stack([l1, perceptual, d_loss.detach()])
+            kl = kl.detach() if args.vae else torch.zeros_like(l1)
+            totals += part * torch.stack([l1, perceptual, d_loss.detach(), kl])
         optimizers = [opt, opt_disc] if adversarial else [opt]
         grad_norm, skipped = runs.optimizer_step(*optimizers, clip=args.clip)
         losses = {"l1_loss": totals[0]}
@@ -309,6 +313,8 @@ def main():
             losses["lpips_loss"] = totals[1]
         if args.gan:
             losses["disc_loss"] = totals[2]
+        if args.vae:
+            losses["kl"] = totals[3]
         return losses, grad_norm, skipped
 
     if args.bench:

@@ -38,7 +38,7 @@ def parse_args():
     add("--latent-stats", help="a statistics file instead of the autoencoder's own mean and std")
     add("--residual-scale", type=runs.number(above=0), default=1.0,
         help="standard deviation at which the residual enters the transformer; the features' is 1")
-    add("--cache", metavar="FOLDER", type=runs.new_folder, help="encode all images and their mirror images "
+    add("--cache", metavar="FOLDER", help="encode all images and their mirror images "
         "once, in half precision, to this folder, and train from it; other runs may share it")
     add("--shift", type=runs.number_or_auto, default=0.4, help="timestep shift in training; auto: "
         "sqrt(4096 / (N C)), 0.20 for latents of 256 x 392 (RAE, arXiv 2510.11690: gFID 23.1 -> 4.8)")
@@ -69,6 +69,8 @@ def build_sit(size, ae, num_classes, qk_norm, middle_head):
     if size not in svg.SIT_SIZES:
         depth, dim, heads = map(int, size.split(","))
         size = {"depth": depth, "dim": dim, "heads": heads}
+        if middle_head and depth < 2:
+            raise UserError("--mid-loss needs a --model of at least 2 layers")
     return svg.SiT(size, ae.channels, num_classes, ae.grid, qk_norm, middle_head)
 
 
@@ -82,7 +84,7 @@ def open_autoencoder(args):
     path = args.ae or runs.latest_run("ae", demo=args.demo)
     if not path:
         raise UserError("no stage-1 run below runs/: run train_ae.py first (for --demo with --demo), or name "
-                        "a checkpoint by --ae")
+                        "a checkpoint by --ae, as that of a --vae run")
     return svg.load_autoencoder(path, weights_dir=args.weights), path
 
 
@@ -90,7 +92,7 @@ def say_autoencoder(ae, path):
     """Say which autoencoder is taken, at which of its training steps; warn of one that is not finished."""
     folder = Path(path).parent
     config = files.read_json(folder / "config.json")
-    steps = config.get("steps") if config.get("stage") == "ae" else ae.step
+    steps = config.get("steps") if config.get("stage") in ("ae", "vae") else ae.step
     at = f" at step {ae.step} of {steps}" if ae.step else ""
     runs.say(f"autoencoder {path}{at}, fingerprint {ae.fingerprint[:12]}")
     training = runs.rank() == 0 and runs.is_locked(folder)
@@ -146,9 +148,11 @@ def main():
         dataset = data.open_data(args.data, ae.image_size, seed=args.seed)
         classes = dataset.classes
         if args.cache:
+            if runs.lies_in(args.cache, Path("runs", args.name)):
+                raise UserError(f"--cache {args.cache} lies in the run's own folder: give another folder")
             cache_of = {"autoencoder": ae.fingerprint, "precision": args.precision,
                         "data": data.dataset_fingerprint(dataset)}
-            data.cache_state(args.cache, cache_of)  # refuses a stale one
+            data.cache_state(args.cache, cache_of, len(dataset))  # refuses a stale one
         run = runs.Run("dit", args, {"trained_on": ae.fingerprint, "num_classes": len(classes),
                                      **data.dataset_identity(dataset)})
         say_autoencoder(ae, ae_path)
@@ -177,9 +181,9 @@ def main():
         images: uint8 [B, H, W, 3], or with --cache their moments and those of their mirror images.
         """
         runs.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
-        flip, drop, u = torch.rand(3, args.batch, device=device)[:, mine][:, :len(y)]
+        flip, drop, uniform = torch.rand(3, args.batch, device=device)[:, mine][:, :len(y)]
         tokens = (args.batch, ae.grid ** 2, ae.channels)
-        draws = [u, torch.randn(tokens, device=device)[mine][:len(y)]]
+        draws = [uniform, torch.randn(tokens, device=device)[mine][:len(y)]]
         if isinstance(ae, svg.VAE):  # which trains on samples of its posterior
             draws.append(torch.randn(tokens, device=device)[mine][:len(y)])
         if args.cache:
@@ -188,19 +192,19 @@ def main():
             plain = data.to_float(images, device)
             mirrored = plain.flip(-1)
         flip = (flip < 0.5).view(-1, *[1] * (plain.dim() - 1))
-        x = torch.where(flip, mirrored, plain)
+        flipped = torch.where(flip, mirrored, plain)
         y = svg.drop_labels(y.to(device, non_blocking=True), model.num_classes, args.label_dropout, drop)
         opt.zero_grad(set_to_none=True)
         totals = torch.zeros(2, device=device)
         by_u = torch.zeros(2, 4, device=device)
-        parts = runs.micro_batches(args.accumulate, [parallel_model], x, y, *draws)
+        parts = runs.micro_batches(args.accumulate, [parallel_model], flipped, y, *draws)
         for x, labels, u, noise, *posterior_noise in parts:
             with runs.autocast(device, args.precision):
                 with torch.no_grad():
                     moments = x if args.cache else ae.moments(x)
                     latents = ae.normalize(ae.draw(moments, *posterior_noise))
                 losses = svg.flow_loss(parallel_model, latents, labels, args.shift, u, noise,
-                                       args.mid_loss > 0)
+                                       both=args.mid_loss > 0)
                 mid_loss = torch.zeros((), device=device)
                 if args.mid_loss:
                     losses, mid_losses = losses
@@ -231,12 +235,16 @@ def main():
     runs.say_start(device, args.precision, runs.describe(dataset, args.data),
                    runs.millions(SiT=model, autoencoder=ae), f"writes {run.path}/")
     if model.config["model"]["dim"] < ae.channels:
-        runs.say(f"warning: a width of {model.config['model']['dim']} below the {ae.channels} channels of a "
-                 f"token: such a transformer cannot fit them (RAE, arXiv 2510.11690); give a larger --model")
-    needed = training_gib(model, local_batch // args.accumulate, args.precision == "bf16")
-    if needed > runs.total_gib(device):
-        runs.say(f"warning: --batch {args.batch} takes about {needed:.0f} GiB, of "
-                 f"{runs.total_gib(device):.0f} that the device has: give --accumulate N or --recompute")
+        runs.say(f"--model is narrower, {model.config['model']['dim']}, than a token, which has "
+                 f"{ae.channels} channels: it cannot fit them (RAE, arXiv 2510.11690)")
+    at_a_time = local_batch // args.accumulate
+    needed = training_gib(model, at_a_time, args.precision == "bf16")
+    room = 0.95 * runs.total_gib(device) - 1  # the rest is for the encoder, buffers and fragments
+    if needed > room and runs.rank() == 0:
+        remedies = ["--accumulate N"] if at_a_time > 1 else []
+        remedies += [] if args.recompute else ["--recompute"]
+        warnings.warn(f"{at_a_time} images at a time take about {needed:.0f} GiB, where the device has "
+                      f"{room:.0f}: give {' or '.join(remedies or ['a smaller --model'])}")
     step = 0
     checkpoint = run.resume()
     if checkpoint:
@@ -256,10 +264,11 @@ def main():
         ae.latent_std[ae.feature_channels:] /= args.residual_scale  # travels with the checkpoint
     if args.cache:
         # The alignment may have been measured just now; mean and std do not enter what is cached.
-        cache_of["alignment"] = [f"{value:.2g}" for value in ae.statistics().get("alignment", ())]
+        cache_of["alignment"] = [float(value) for value in ae.statistics().get("alignment", ())]
+        shape = (ae.grid ** 2, ae.channels * (2 if isinstance(ae, svg.VAE) else 1))
         with runs.autocast(device, args.precision):
-            dataset = data.cache_latents(args.cache, dataset, ae.moments, cache_of, local_batch, args.workers,
-                                         device, run.report_corrupt)
+            dataset = data.cache_latents(args.cache, dataset, ae.moments, shape, cache_of, at_a_time,
+                                         args.workers, device, run.report_corrupt)
     preview_labels = torch.arange(16, device=device) % len(classes)
     preview_noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
     batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)

@@ -333,6 +333,6 @@ class Refusals(Case):
             ("edit reconstruct in --noise -1", "--noise")])
 
     def test_a_transformer_narrower_than_its_latents_is_named(self):
-        self.assertRegex(dit("--steps 1"), r"warning: a width of 32 below the 72 channels.*2510\.11690")
+        self.assertRegex(dit("--steps 1"), r"narrower, 32, than a token, which has 72 channels.*2510\.11690")
         wide = f"train_dit --demo --batch 8 --model 1,72,2 --ae {trained()}/runs/demo-ae/last.pt --steps 1"
         self.assertNotIn("a width of", ok(wide, "--name", "wide"))

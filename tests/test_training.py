@@ -200,10 +200,16 @@ class Memory(Case):
 
     def test_a_batch_that_cannot_fit_is_named_at_the_start(self):
         command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 1"
-        with mock.patch("runs.total_gib", lambda device: 0.001):
-            self.assertRegex(ok(command), "warning: --batch 8 takes about 0 GiB, of 0 that the device has: "
-                                          "give --accumulate N or --recompute")
-        self.assertNotIn("warning: --batch", ok(command + " --name other"))
+        with mock.patch("runs.total_gib", lambda device: 24.0), \
+                mock.patch("train_dit.training_gib", lambda model, images, bf16: 2.7 * images):
+            ok(command + " --name fits")  # 21.6 of 21.8
+            for name, flags, words in (
+                    ("more", "--batch 16", "43 GiB, where the device has 22: give --accumulate N or --rec"),
+                    ("again", "--batch 16 --recompute", "give --accumulate N\n"),
+                    ("parts", "--batch 16 --accumulate 2", None)):
+                err = run(command, "--name", name, *flags.split())[2]
+                self.assertEqual(err == "", words is None)
+                self.assertIn(words or "", err)
 
 
 class Cache(Case):
@@ -249,14 +255,14 @@ class Cache(Case):
                 raise KeyboardInterrupt
             return real(self, images)
 
-        # A record after every batch of 8, here after the first: 1 to learn the shape, 2 x 8, the third at 5.
+        # Twice 8 images, of which there is a record, twice 8 without one, and an end.
         with mock.patch.object(svg.Autoencoder, "encode", encode):
             self.assertEqual(run(self.command, "halves", "--cache", "halves")[0], 130)
             self.assertEqual(json.loads(Path("halves/cache.json").read_text())["encoded"], 8)
             ok(self.command, "halves", "--cache", "halves")
-        self.assertEqual(encoded[5:], [1, 8, 8, 4, 4])
+        self.assertEqual(encoded[5:], [8, 8, 4, 4])
         self.assertEqual(*(Path(name, "latents.npy").read_bytes() for name in ("whole", "halves")))
-        self.assertEqual(sorted(os.listdir("halves")), ["cache.json", "latents.npy"])
+        self.assertEqual(sorted(os.listdir("halves")), [".svg.lock", "cache.json", "latents.npy"])
 
     def test_a_stale_or_foreign_cache_is_refused(self):
         ok(self.command, "first", "--cache", "cache")
@@ -267,15 +273,64 @@ class Cache(Case):
         ok(f"{self.command} grown --data grown --cache cache")  # the same files elsewhere
         shutil.copy("grown/a/1.png", "grown/a/0.png")
         self.refused(f"{self.command} new --data grown --cache cache", "--cache cache is stale", "other data")
-        with open("cache/latents.npy", "r+b") as file:
-            file.truncate(5000)
-        code, _, err = run(self.command, "new", "--cache", "cache")
-        self.assertEqual((code, err.count("\n")), (2, 1))
-        self.assertIn("--cache cache: damaged", err)
+        state = json.loads(Path("cache/cache.json").read_text())
+        state["alignment"][1] *= 1.01  # another measurement's; a thousandth would be rounding
+        Path("cache/cache.json").write_text(json.dumps(state))
+        self.ends(self.command + " new --cache cache", "--cache cache is stale", "alignment")
+        self.refused(f"{self.command} new --cache runs/new", "--cache runs/new", "own folder")
         with mock.patch("shutil.disk_usage", lambda _: mock.Mock(free=1000)):
-            code, _, err = run(self.command, "new", "--cache", "cache3")
-        self.assertEqual((code, err.count("\n")), (2, 1))
-        self.assertIn("more than the disk has", err)
+            self.ends(self.command + " new --cache cache3", "more than the disk has")
+
+    def ends(self, command, *words):
+        """refused(), but the run's folder may be there already."""
+        code, _, err = run(command)
+        self.assertEqual((code, err.count("\n")), (2, 1), err)
+        for word in words:
+            self.assertIn(word, err)
+
+    def test_a_damaged_cache_is_named_whole_or_not(self):
+        ok(self.command, "first", "--cache", "whole")
+        shutil.copytree("whole", "half")
+        state = json.loads(Path("half/cache.json").read_text())
+        Path("half/cache.json").write_text(json.dumps({**state, "encoded": 8}))
+        for cache in ("whole", "half"):
+            path = Path(cache, "latents.npy")
+            good = path.read_bytes()
+            rows = np.load(path)
+            for damage in (lambda path: path.unlink(), lambda path: path.write_bytes(b""),
+                           lambda path, good=good: path.write_bytes(good[:5000]),
+                           lambda path: np.save(path, np.zeros(20)),
+                           lambda path, rows=rows: np.save(path, rows[:5])):
+                damage(path)
+                self.ends(f"{self.command} new --cache {cache}", f"--cache {cache}: latents.npy is damaged")
+            path.write_bytes(good)
+            ok(f"{self.command} new-{cache} --cache {cache}")
+
+    def test_corrupt_images_are_told_by_every_run_on_the_cache(self):
+        Path("train/a/3.png").write_text("no picture")
+        os.symlink("nowhere", "train/b/zz.png")
+        for name in ("first", "second"):
+            with mock.patch("runs.warnings.warn") as warn:
+                self.assertEqual(run(self.command, name, "--cache", "cache")[0], 0)
+            told = " ".join(str(call.args[0]) for call in warn.call_args_list)
+            for file in ("a/3.png", "b/zz.png"):
+                self.assertIn(f"train/{file}: not a readable image", told)
+            self.assertEqual(read_log(name)[-1]["corrupt"], 2)
+
+    def test_a_cache_has_one_writer_and_any_number_of_readers(self):
+        ok(self.command, "first", "--cache", "cache")
+        writer = start(self.command, "writer", "--cache", "new", "--steps", 1000)
+        while not Path("new/cache.json").exists():
+            time.sleep(0.01)
+        while json.loads(Path("new/cache.json").read_text())["encoded"] < 20:
+            time.sleep(0.01)
+        ok(self.command, "reader", "--cache", "new")  # while the other one trains
+        writer.kill()
+        writer.communicate()
+        with mock.patch("os.access", lambda path, mode, real=os.access:
+                        False if mode == os.W_OK and "cache" in str(path) else real(path, mode)):
+            ok(self.command, "second", "--cache", "cache")  # read only
+            self.ends(self.command + " third --cache cache/new", "--cache", "not a folder that can be")
 
 
 class Training(Case):
@@ -331,6 +386,16 @@ class Training(Case):
         moved = {name for i, name in enumerate(names) if residual[i]["exp_avg"].any()}
         self.assertTrue(any(name.startswith("decoder.") for name in moved))
         self.assertFalse(any(name.startswith("residual") for name in moved))
+
+    def test_a_flag_newer_than_a_run_is_compared_with_its_default(self):
+        self.train("old", steps=1)
+        config = json.loads(Path("runs/old/config.json").read_text())
+        for key in ("residual_scale", "mid_loss", "cache"):
+            del config[key]
+        Path("runs/old/config.json").write_text(json.dumps(config))
+        ae = f" --ae {trained()}/runs/demo-ae/last.pt --name old --steps 2 --lr 0.0001"
+        self.refused(MINI_DIT + ae + " --residual-scale 3", "--residual-scale 3.0 (was 1.0)")
+        ok(MINI_DIT + ae)
 
     def test_residual_scale_is_the_deviation_of_the_residual_that_the_transformer_sees(self):
         self.train("one", steps=1)

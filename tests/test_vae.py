@@ -264,6 +264,11 @@ class Control(Case):
         loss = ok("train_dit --demo --model 1,32,2 --ae runs/whole/last.pt --name dit --steps 1")
         self.assertAlmostEqual(float(re.search(r"loss ([\d.]+)", loss)[1]), 2, delta=0.2)  # of unit variance
         ok("sample --ckpt runs/dit/last.pt --num 2 --steps 2")
+        self.assertTrue(all(entry["kl"] > 0 for entry in read_log("whole")))
+        config = json.loads(Path("runs/whole/config.json").read_text())
+        Path("runs/whole/config.json").write_text(json.dumps({**config, "steps": 9}))
+        err = run("train_dit --demo --model 1,32,2 --ae runs/whole/last.pt --name dit2 --steps 1")[2]
+        self.assertIn("runs/whole/last.pt is not trained to its end", err)
         for flags, words in (("--align none", "--align"), ("--encoder x", "--encoder"),
                              ("--residual-channels 0", "--residual-channels")):
             self.refused(f"{self.TRAIN} new {flags}", words, "does nothing with --vae")
