@@ -432,8 +432,8 @@ class Training(Case):
         real, calls = svg.flow_loss, itertools.count()
         bad = {1, 2, *range(4, 4 + runs.MAX_SKIPPED)}
 
-        def sometimes(*inputs):
-            return real(*inputs) * (math.nan if next(calls) in bad else 1)
+        def sometimes(*inputs, **settings):
+            return real(*inputs, **settings) * (math.nan if next(calls) in bad else 1)
 
         with mock.patch("svg.flow_loss", sometimes):
             self.train("bad", "--log-every", 2)
@@ -632,7 +632,7 @@ runs.run_main(train_dit.main)
         self.assertEqual(len(shown.getvalue().splitlines()), 17)
 
     def test_bad_steps_stop_the_run_at_their_number_whatever_is_logged(self):
-        with mock.patch("svg.flow_loss", lambda *a, real=svg.flow_loss: real(*a) * math.nan):
+        with mock.patch("svg.flow_loss", lambda *a, real=svg.flow_loss, **b: real(*a, **b) * math.nan):
             code, _, err = run(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 99 --log-every 50")
         self.assertEqual(code, 2)
         self.assertIn(f"no finite gradient for {runs.MAX_SKIPPED} steps, up to step {runs.MAX_SKIPPED}:", err)
