@@ -245,6 +245,7 @@ class LossByU(Case):
             return losses
 
         flags = "--steps 3 --log-every 3 --batch 4"
+        trained()  # before, or its steps would be seen too
         with mock.patch("svg.flow_loss", flow_loss):
             dit(f"{flags} --accumulate 2")
         u, losses = (np.concatenate(x) for x in zip(*seen, strict=True))
