@@ -395,8 +395,8 @@ def cache_state(folder, about, count):
             not state and folder.exists() and set(os.listdir(folder)) - {runs.LOCK}):
         raise UserError(f"--cache {folder} is not empty and holds no latents: give another folder")
     stale = []
-    for name, value in about.items():
-        known = state.get(name, value)
+    for name, value in about.items() if state else ():
+        known = state.get(name)
         numbers = isinstance(value, list) and isinstance(known, list) and len(value) == len(known)
         # Numbers that were measured in other batches differ by rounding.
         if not (np.allclose(value, known, 1e-3, 1e-5) if numbers else value == known):
@@ -435,7 +435,7 @@ def cache_latents(folder, dataset, encode, shape, about, batch, workers, device,
         if runs.rank() == 0:
             runs.unlock_folder(folder)
     elif runs.rank() == 0:
-        report(dataset, torch.tensor(state["corrupt"], dtype=torch.int64))
+        report(dataset, torch.tensor(state.get("corrupt", []), dtype=torch.int64))
     return Cached(folder, dataset.classes, count)
 
 
@@ -461,7 +461,7 @@ def write_latents(folder, dataset, encode, shape, state, batch, workers, device,
               for start in range(first, count, batch)]
     mine = chunks[runs.rank()::runs.world_size()]
     batches = iter(runs.progress(batches_of(dataset, mine, workers), "encoding", count - first, batch_size))
-    found = set(state["corrupt"])
+    found = set(state.get("corrupt", []))
     with open(path, "r+b") as file:
         for i in range(0, len(chunks), runs.world_size()):
             for images, labels, corrupt in itertools.islice(batches, 1):
