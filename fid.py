@@ -349,7 +349,6 @@ def open_features(args, device):
         return extract, protocol, f"FD-{model.name}"
 
     model = load_inception(runs.fetch_weights(INCEPTION, args.weights)).to(device)
-    model.to(memory_format=torch.channels_last)  # 1.6 times the speed on a CPU
 
     def extract(images):
         out = inception_features(model, images, args.protocol)
@@ -577,7 +576,7 @@ def open_reference(args, samples):
 
 def bench(args, device):
     """Time features and moments of synthetic images of 256 pixels, the weights being random."""
-    model = Inception().eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    model = Inception().eval().requires_grad_(False).to(device)
 
     def make(n):
         images = runs.synthetic_images(n, 256, device)

@@ -384,6 +384,23 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, then a 3x3 convolution; computed as one transposed convolution.
+
+    Of the 9 pixels under the kernel at most 4 are different ones, so that 4 products give what 9 do.
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        # Add up the weights that fall on the same pixel, in each way the kernel can lie: [C, C, 4, 4].
+        kernel = F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)
+        kernel = kernel.flip(2, 3).transpose(0, 1)
+        return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+
+
 def run_block(block, *inputs, recompute=False):
     """Return block(*inputs); recompute: keep only the inputs, and compute again in the backward pass."""
     if recompute and torch.is_grad_enabled():
@@ -423,8 +440,7 @@ class Decoder(nn.Module):
             attentive = attention and level == len(widths) - 1
             up.attn = nn.ModuleList(AttnBlock(c) for _ in range(blocks if attentive else 0))
             if level > 0:
-                up.upsample = nn.Module()
-                up.upsample.conv = nn.Conv2d(c, c, 3, padding=1)
+                up.upsample = Upsample(c)
             self.up.insert(0, up)
         self.norm_out = group_norm(c)
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
@@ -440,7 +456,7 @@ class Decoder(nn.Module):
                 if len(up.attn):
                     h = up.attn[i](h)
             if level > 0:
-                h = up.upsample.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+                h = up.upsample(h)
         return F.silu(self.norm_out(h))
 
     def forward(self, z):

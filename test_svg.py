@@ -13,6 +13,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import demo
@@ -347,6 +348,17 @@ class Latents(Case):
             self.assertEqual(model.decode(torch.zeros(1, grid * grid, 16)).shape, (1, 3, size, size))
         with self.assertRaisesRegex(UserError, "power of two"):
             svg.Autoencoder(None, feature_channels=8, image_size=96, grid=8)
+
+    def test_upsampling_is_nearest_neighbours_and_a_convolution(self):
+        layer = svg.Upsample(4).double()
+        x = normal(0, 2, 4, 5, 3).double()
+        gradients = []
+        for upsample in (layer, lambda x: layer.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))):
+            images = upsample(x)
+            gradients.append(torch.autograd.grad(images.sin().sum(), list(layer.parameters())))
+            gradients[-1] += (images,)
+        for ours, plain in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, plain)
 
     def test_mask_token_replaces_a_tenth_of_the_residuals_only_in_training(self):
         ae, x = tiny_autoencoder(), demo_images(1000)
