@@ -115,13 +115,11 @@ def inception_score(logits, splits=10):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def covered(x, centres, k):
-    """Return the share of x [N, D] no farther from one of centres [M, D] than this one's k-th neighbour."""
-    # k + 1, for each centre is its own nearest.
-    nearest = [torch.cdist(rows, centres).topk(k + 1, largest=False).values for rows in centres.split(BLOCK)]
-    radii = torch.cat(nearest).amax(1)
-    inside = [(torch.cdist(rows, centres) <= radii).any(1) for rows in x.split(BLOCK)]
-    return torch.cat(inside).double().mean().item()
+def neighbour_distances(x, k):
+    """Return the distance of each of x [N, D] to its k-th nearest neighbour among the others, [N]."""
+    # k + 1, for each is its own nearest.
+    nearest = [torch.cdist(rows, x).topk(k + 1, largest=False).values for rows in x.split(BLOCK)]
+    return torch.cat(nearest).amax(1)
 
 
 def precision_recall(real, fake, k=3):
@@ -134,7 +132,15 @@ def precision_recall(real, fake, k=3):
     fake = torch.as_tensor(fake).double()
     if min(len(real), len(fake)) <= k:
         raise UserError(f"precision and recall take more than {k} images, not {len(real)} and {len(fake)}")
-    return covered(fake, real, k), covered(real, fake, k)
+    real_radii = neighbour_distances(real, k)
+    fake_radii = neighbour_distances(fake, k)
+    precise = []
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for rows, radii in zip(fake.split(BLOCK), fake_radii.split(BLOCK), strict=True):
+        distances = torch.cdist(rows, real)  # of each pair once, for both questions
+        precise.append((distances <= real_radii).any(1))
+        recalled |= (distances <= radii.unsqueeze(1)).any(0)
+    return torch.cat(precise).double().mean().item(), recalled.double().mean().item()
 
 
 def kernel_distance(real, fake):
@@ -149,8 +155,11 @@ def kernel_distance(real, fake):
         return sum(((rows @ b.T / b.shape[1] + 1) ** 3).sum() for rows in a.split(BLOCK))
 
     def within(a):  # over the pairs of different images
+        blocks = a.split(BLOCK)
+        later = sum(total(rows, a[(i + 1) * BLOCK:]) for i, rows in enumerate(blocks))  # each pair once
         same = ((a.square().mean(1) + 1) ** 3).sum()
-        return (total(a, a) - same) / (len(a) * (len(a) - 1))
+        pairs = 2 * later + sum(total(rows, rows) for rows in blocks) - same
+        return pairs / (len(a) * (len(a) - 1))
 
     between = total(real, fake) / (len(real) * len(fake))
     return (within(real) + within(fake) - 2 * between).item()
