@@ -111,11 +111,11 @@ def training_gib(model, images, bf16):
     """Return about how many GiB training takes of a device, eager, for so many images at a time.
 
     Weights, gradients, Adam's two moments and the EMA in fp32, with bf16 a copy of the weights; and what the
-    backward pass keeps: per token, channel of the width and block 55 bytes, in fp32 93, or with recomputation
+    backward pass keeps: per token, channel of the width and block 63 bytes, in fp32 93, or with recomputation
     the input and the step's condition alone, and one block whole (counted, see docs/runs.md).
     """
     size = model.config["model"]
-    block = 55 if bf16 else 93
+    block = 63 if bf16 else 93
     kept = block * size["depth"]
     if model.recompute:
         kept = 4.5 * size["depth"] + block

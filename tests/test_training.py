@@ -16,13 +16,16 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import files
+import perceptual
 import runs
 import shapes
 import svg
+import train_ae
 import train_dit
 from tests.helpers import (
     MINI_AE,
@@ -163,40 +166,69 @@ class Compiled(Case):
                 self.assertEqual(out.count(f"graphs {graphs} breaks 0"), processes, out[-300:])
 
 
+def kept_gib(forward, modules, images, bf16):
+    """GiB that autograd saves in forward(images), parameters and buffers aside; on shapes without numbers."""
+    own = {p.untyped_storage()._cdata for m in modules for p in itertools.chain(m.parameters(), m.buffers())}
+    storages = {}
+    tensors = []  # alive, or a storage's address could be used again
+
+    def pack(tensor):
+        tensors.append(tensor)
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def in_fp32(norm):  # as autocast has it on CUDA, not on a CPU
+        return lambda x, *args, **kwargs: norm(x.float(), *args, **kwargs)
+
+    with FakeTensorMode(allow_non_fake_inputs=True), \
+            mock.patch("torch.nn.functional.layer_norm", in_fp32(F.layer_norm)), \
+            mock.patch("torch.nn.functional.group_norm", in_fp32(F.group_norm)), \
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
+            torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        forward(images)
+    return sum(storages.values()) / 2**30
+
+
 class Memory(Case):
-    def test_the_estimate_is_what_the_backward_pass_keeps(self):
-        def kept(model, images, bf16):
-            """The bytes of all storages that autograd saves, parameters aside."""
-            own = {p.untyped_storage()._cdata for p in model.parameters()}
-            storages = {}
-            tensors = []  # alive, or a storage's address could be used again
+    def test_the_estimate_of_stage_2_is_what_the_backward_pass_keeps(self):
+        def kept(images, bf16):
+            return kept_gib(forward, [model], images, bf16)
 
-            def pack(tensor):
-                tensors.append(tensor)
-                storage = tensor.untyped_storage()
-                if storage._cdata not in own:
-                    storages[storage._cdata] = storage.nbytes()
-                return tensor
+        def forward(n):
+            model(torch.randn(n, 256, 392), torch.rand(n), torch.zeros(n, dtype=torch.long))
 
-            inputs = torch.randn(images, 256, 392), torch.rand(images), torch.zeros(images, dtype=torch.long)
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), \
-                    torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                model(*inputs)
-            return sum(storages.values())
-
-        with FakeTensorMode():  # shapes without numbers
-            model = svg.SiT("B")
-            for bf16 in (True, False):
-                for model.recompute in (False, True):
-                    expected = (kept(model, 5, bf16) - kept(model, 1, bf16)) / 4 / 2**30
-                    if model.recompute:  # and the block that is computed again
-                        model.recompute = False
-                        expected += (kept(model, 5, bf16) - kept(model, 1, bf16)) / 4 / 12 / 2**30
-                        model.recompute = True
-                    estimates = [train_dit.training_gib(model, n, bf16) for n in (0, 1)]
-                    self.assertAlmostEqual((estimates[1] - estimates[0]) / expected, 1, delta=0.1)
-            weights = sum(p.numel() for p in model.parameters())
+        model = svg.SiT("B")
+        for bf16 in (True, False):
+            for model.recompute in (False, True):
+                expected = (kept(5, bf16) - kept(1, bf16)) / 4
+                if model.recompute:  # and the block that is computed again
+                    model.recompute = False
+                    expected += (kept(5, bf16) - kept(1, bf16)) / 4 / 12
+                    model.recompute = True
+                estimates = [train_dit.training_gib(model, n, bf16) for n in (0, 1)]
+                self.assertAlmostEqual((estimates[1] - estimates[0]) / expected, 1, delta=0.1)
+        weights = sum(p.numel() for p in model.parameters())
         self.assertAlmostEqual(estimates[0], weights * 4 * 5 / 2**30)  # fp32: w, gradient, m, v, EMA
+
+    def test_the_table_of_stage_1_in_docs_runs_is_what_the_backward_pass_keeps(self):
+        encoder = svg.Encoder(svg.ViT(**svg.ENCODERS["dinov3_vits16plus"]), "dinov3_vits16plus", "")
+        model = svg.Autoencoder(encoder).train()
+        lpips = perceptual.LPIPS(None)
+        disc = train_ae.PatchDiscriminator().requires_grad_(False)
+
+        def autoencode(n):
+            x = torch.zeros(n, 3, 256, 256)
+            return x, model(x, torch.zeros(n, dtype=torch.bool)).float()
+
+        def all_losses(n):
+            x, y = autoencode(n)
+            return train_ae.reconstruction_loss(x, y, lpips, 1.0), disc(y)
+
+        for model.decoder.recompute, forward, gib in ((False, all_losses, 0.95), (True, autoencode, 0.24)):
+            kept = [kept_gib(forward, [model, lpips, disc], n, bf16=True) for n in (1, 3)]
+            self.assertAlmostEqual((kept[1] - kept[0]) / 2, gib, delta=0.01)
 
     def test_a_batch_that_cannot_fit_is_named_at_the_start(self):
         command = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 1"
