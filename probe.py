@@ -594,7 +594,8 @@ def flow(args, device):
         real = latents[..., channels["features"]].mean(1)
         for steps in args.steps:
             shown = runs.progress(parts, f"{steps} steps", len(y), lambda part: len(part[1]))
-            z = [svg.euler_sample(sit, n, labels, steps, args.guidance, args.shift) for _, labels, n in shown]
+            z = [svg.euler_sample(sit, n, labels, steps, args.guidance, args.shift,
+                                  internal_guidance=args.internal_guidance) for _, labels, n in shown]
             fake = torch.cat(z)[..., channels["features"]].mean(1)
             gaussians = []
             for x in (fake, real):
@@ -823,13 +824,14 @@ def parse_args():
     add("--classes", type=runs.positive, default=20, help="of the data's, evenly spaced among them")
 
     command, add = add_probe("flow")
-    command.set_defaults(internal_guidance=1.0)
     add_model_flags(add)
     add("--data", default="data/imagenet/val", help=LAYOUTS["space"] + ", not those of the training")
     add("--images", type=runs.positive, default=1000,
         help="images of them, and samples; as few as the features' channels bias the distance upward")
     add("--steps", type=runs.positive, nargs="+", default=[5, 25], help="Euler steps of the samples")
     add("--guidance", type=runs.number(0, 1000), default=1.0, help="guidance scale of the samples; 1: none")
+    add("--internal-guidance", type=runs.number(0, 1000), default=1.0,
+        help="guidance of the samples by the middle head, as sample.py's; 1: none")
     add("--shift", type=runs.number_or_auto, default=0.15, help="timestep shift in sampling, as sample.py's")
     add("--train-shift", type=runs.number_or_auto, default=0.4,
         help="timestep shift of the loss's times, as train_dit.py's --shift")

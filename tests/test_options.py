@@ -114,7 +114,13 @@ class InternalGuidance(Case):
         write_pictures("in", 1)
         ok("edit redraw in/0.png --box 0,0,16,16 --class 1 --steps 3 --internal-guidance 1.5 --ckpt "
            "runs/one/last.pt")
-        for command in ("sample", "edit interpolate --class 1 --seeds 1 2"):
+        distances = []
+        flow = "probe flow --ckpt runs/one/last.pt --data shapes://val --images 20 --steps 2 --workers 0"
+        for w in ("1", "900"):  # after three steps both heads still agree
+            ok(flow, "--internal-guidance", w)
+            distances.append(files.read_json(Path("probes/flow.json"))["frechet_by_steps"]["2"])
+        self.assertNotEqual(*distances)
+        for command in ("sample", "edit interpolate --class 1 --seeds 1 2", "probe flow"):
             self.refused(f"{command} --internal-guidance 1.5 --ckpt {shapes.DEMO_PT}", "no middle head",
                          "--mid-loss")
 
