@@ -1,4 +1,4 @@
-"""Images: decoding and cropping, folders, packed sets, cached latents, the reproducible stream of a run.
+"""Images: decoding and cropping, folders, packed sets, latents in memory, the reproducible stream of a run.
 
     python data.py pack imagenet/train imagenet/train-256     # decode a tree of class folders once
 
@@ -6,16 +6,13 @@ Every dataset here maps an item (index, position) to (uint8 [size, size, 3], lab
 or -1), and has `classes`, `labels` and `name(index)`. `position` is the item's place in the endless stream of
 a run; it seeds the random crop.
 """
-import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -77,82 +74,25 @@ def to_uint8(images):
 # -- A tree of class folders -------------------------------------------------------------------------------
 
 def list_images(folder):
-    """Return the sorted image files below a folder; hidden ones and an output folder's overview are not."""
-    found, _ = scan(folder)
-    return sorted(found)
-
-
-def scan(folder):
-    """Return the images below a folder, and all folders with the times of their last change.
+    """Return the sorted image files below a folder.
 
     Left out are hidden files and folders, such as .ipynb_checkpoints, and the overview of an output folder.
     """
     images = []
-    times = {}
     for where, folders, names in os.walk(folder, followlinks=True):
-        times[where] = os.stat(where).st_mtime_ns
         folders[:] = [name for name in folders if not name.startswith(".")
                       and not (name == files.OVERVIEW and files.RECORD in names)]
         images += [os.path.join(where, name) for name in names if not name.startswith(".")
                    and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
-    return images, times
-
-
-def walk_tree(root, flat=False):
-    """Return an image tree as arrays: classes, names and labels of the images, folders and their times.
-
-    Each folder in root that has images below it is a class; loose images beside such folders are left out.
-    With `flat`, or without such folders, all images are of one class. names, loose and folders are paths
-    below the root; times say when each folder last changed.
-    """
-    images, times = scan(root)
-    start = len(os.path.join(root, ""))  # of the path below it; relpath would take most of the time
-    by_class = {}
-    for path in sorted(path[start:] for path in images):
-        folder, _, below = path.partition(os.path.sep)
-        by_class.setdefault(folder if below else "", []).append(path)
-    loose = by_class.pop("", [])
-    if flat or not by_class:
-        every = sorted(itertools.chain(loose, *by_class.values()))
-        by_class = {os.path.basename(root): every} if every else {}
-        loose = []
-    classes = sorted(by_class)
-    counts = np.array([len(by_class[name]) for name in classes], int)
-    # Arrays of bytes, not lists of str: workers share an array, copies of a list would grow with every epoch.
-    return {"classes": np.array(classes, str),
-            "names": np.array([os.fsencode(path) for name in classes for path in by_class[name]], bytes),
-            "labels": np.repeat(np.arange(len(classes)), counts),
-            "loose": np.array([os.fsencode(path) for path in loose], bytes),
-            "folders": np.array([os.fsencode(os.path.relpath(folder, root)) for folder in times], bytes),
-            "times": np.array(list(times.values()), np.int64)}
-
-
-def index_tree(root):
-    """walk_tree, but from the cache ($XDG_CACHE_HOME/svg) while no folder of the tree has changed.
-
-    A file that was added, removed or renamed changes its folder's time.
-    """
-    root = os.path.realpath(root)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "svg"
-    cache /= hashlib.sha256(b"2" + os.fsencode(root)).hexdigest()[:32] + ".npz"  # 2: of the format
-    with contextlib.suppress(UserError, KeyError, OSError):
-        index = files.load_npz(cache)
-        times = [os.stat(os.path.join(root, os.fsdecode(f))).st_mtime_ns for f in index["folders"]]
-        if np.array_equal(times, index["times"]):
-            return index
-    index = walk_tree(root)
-    if index["times"].max() < time.time_ns() - 2e9:  # a younger folder could change again without showing it
-        with contextlib.suppress(OSError, UserError):  # no home, a full disk: then without a cache
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            files.write_atomically(cache, lambda file: np.savez(file, **index))
-    return index
+    return sorted(images)
 
 
 class ImageFolder(torch.utils.data.Dataset):
     """A tree root/class/image, in which the sorted class folders are the labels, or a folder of one class.
 
-    A corrupt image is replaced by the next good one and its index returned, for the caller to report. flat:
-    all images are of one class.
+    Each folder in root that has images below it is a class; loose images beside such folders are left out.
+    Without such folders, or with `flat`, all images are of one class. A corrupt image is replaced by the next
+    good one and its index returned, for the caller to report.
     """
 
     def __init__(self, root, size, random_crop=False, seed=0, flat=False):
@@ -162,20 +102,24 @@ class ImageFolder(torch.utils.data.Dataset):
         self.size = size
         self.random_crop = random_crop
         self.seed = seed
-        if runs.rank() > 0:  # the first process walks the tree, the others read its cache
-            runs.barrier()
-        index = walk_tree(root, flat) if flat else index_tree(root)
-        if runs.rank() == 0:
-            runs.barrier()
-        self.classes = index["classes"].tolist()
-        self.names = index["names"]
-        self.labels = index["labels"]
-        if len(self.names) == 0:
+        start = len(os.path.join(root, ""))  # of the path below it
+        paths = [path[start:] for path in list_images(root)]
+        nested = [path for path in paths if os.path.sep in path]
+        self.classes = [os.path.basename(os.path.realpath(root))]
+        if nested and not flat:
+            if len(nested) < len(paths) and runs.rank() == 0:
+                loose = next(path for path in paths if os.path.sep not in path)
+                warnings.warn(f"{self.root}: {len(paths) - len(nested)} images beside the class folders are "
+                              f"left out, such as {loose}")
+            paths = sorted(nested, key=lambda path: (path.split(os.path.sep)[0], path))
+            self.classes = sorted({path.split(os.path.sep)[0] for path in paths})
+        if not paths:
             raise UserError(f"--data {root}: no images, in class folders (root/class/image.jpg) or loose, "
                             f"and not a packed set")
-        if len(index["loose"]) and runs.rank() == 0:
-            warnings.warn(f"{self.root}: {len(index['loose'])} images beside the class folders are left out, "
-                          f"such as {os.fsdecode(index['loose'][0])}")
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([number.get(path.split(os.path.sep)[0], 0) for path in paths])
+        # Bytes, not a list of str: workers share an array, copies of a list would grow with every epoch.
+        self.names = np.array([os.fsencode(path) for path in paths])
         self[0, 0]  # refuses a folder of corrupt images here, and not in a worker
 
     def __len__(self):
@@ -205,27 +149,13 @@ class Packed(torch.utils.data.Dataset):
 
     def __init__(self, root, size=None):
         self.root = str(root)
-        try:
-            self.images = np.load(os.path.join(root, "images.npy"), mmap_mode="r")
-            self.labels = np.load(os.path.join(root, "labels.npy"))
+        with files.reading(f"--data {root}", "a whole packed set, pack it again"):
+            self.images = np.load(Path(root, "images.npy"), mmap_mode="r")  # uint8 [N, size, size, 3]
+            self.labels = np.load(Path(root, "labels.npy"))
             self.classes = json.loads(Path(root, "classes.json").read_text())
-        except Exception as e:  # a damaged file fails in any of NumPy's and JSON's ways
-            raise UserError(f"--data {root}: not a whole packed set ({files.short_error(e)}); pack it "
-                            f"again") from e
-        square = np.shape(self.images)[1:2] * 2
-        shape = (self.labels.size, *square, 3)
-        if self.images.dtype != np.uint8 or self.images.shape != shape or self.labels.ndim != 1:
-            raise UserError(f"--data {root}: images.npy is {self.images.dtype} {list(self.images.shape)} and "
-                            f"labels.npy {list(self.labels.shape)}, not uint8 [N, size, size, 3] and [N]; "
-                            f"pack it again")
-        if len(self.labels) == 0:
-            raise UserError(f"--data {root}: a packed set of no images")
-        if not isinstance(self.classes, list) or not all(isinstance(c, str) for c in self.classes):
-            raise UserError(f"--data {root}: classes.json is no list of names; pack it again")
-        known = set(range(len(self.classes)))
-        if self.labels.dtype.kind not in "iu" or not set(np.unique(self.labels)) <= known:
-            raise UserError(f"--data {root}: labels.npy does not fit the {len(self.classes)} names of "
-                            f"classes.json; pack it again")
+            if len(self.labels) == 0 or len(self.labels) != len(self.images):
+                raise ValueError(f"{len(self.images)} images, {len(self.labels)} labels")
+            self.classes[self.labels.max()]  # there is a name for every label
         if size and self.images.shape[1] != size:
             raise UserError(f"--data {root}: packed at {self.images.shape[1]} pixels, needed at {size}: "
                             f"pack it again with --size {size}")
@@ -261,21 +191,6 @@ def dataset_identity(dataset):
     return {"images": len(dataset),
             "labels": hashlib.sha256(labels + json.dumps(dataset.classes).encode()).hexdigest(),
             "crops": "random" if getattr(dataset, "random_crop", False) else "centre"}
-
-
-def dataset_fingerprint(dataset):
-    """Return a hash of a dataset's labels and classes, and of its files' names, sizes and times."""
-    digest = hashlib.sha256(json.dumps(dataset_identity(dataset)).encode())
-    if isinstance(dataset, ImageFolder):
-        names = [os.fsdecode(name) for name in dataset.names]
-    else:
-        names = ["images.npy"] if isinstance(dataset, Packed) else []  # drawn shapes have no file
-    for name in names:
-        digest.update(os.fsencode(name))
-        with contextlib.suppress(OSError):  # a dangling link: a corrupt image, which encoding reports
-            stat = os.stat(os.path.join(dataset.root, name))
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
 
 
 # -- Batches -----------------------------------------------------------------------------------------------
@@ -346,219 +261,96 @@ def spread_batches(dataset, count, batch, workers, device):
         yield to_float(images, device)
 
 
-# -- Cached latents ----------------------------------------------------------------------------------------
+# -- Latents in memory -------------------------------------------------------------------------------------
 
-class Cached(torch.utils.data.Dataset):
-    """What `cache_latents` wrote: items (float16 [2, N, C], label, -1), of an image and its mirror image."""
+class Latents(torch.utils.data.Dataset):
+    """The latents of a dataset's images and of their mirror images, encoded once, in half precision.
 
-    def __init__(self, folder, classes, count):
-        self.root = str(folder)
-        self.classes = classes
-        self.rows = open_rows(folder, count)
-        self.labels = self.rows["label"]
+    Items are (float16 [2, N, C], label, index of a corrupt file or -1). Each process encodes its share, `batch`
+    images at a time, and gets those of all.
+    """
+
+    def __init__(self, dataset, ae, batch, workers, device):
+        self.dataset = dataset
+        self.labels = dataset.labels
+        count = len(dataset)
+        self.latents = torch.zeros(count, 2, ae.grid ** 2, ae.channels, dtype=torch.float16)
+        self.corrupt = torch.zeros(count, dtype=torch.int64)
+        chunks = [[(i, 0) for i in range(start, min(start + batch, count))] for start in range(0, count, batch)]
+        chunks = chunks[runs.rank()::runs.world_size()]
+        loaded = runs.progress(batches_of(dataset, chunks, workers), "encoding", count, batch_size)
+        for items, (images, _, corrupt) in zip(chunks, loaded, strict=True):
+            rows = slice(items[0][0], items[-1][0] + 1)
+            images = to_float(images, device)
+            with torch.no_grad():
+                both = torch.stack([ae.encode(images), ae.encode(images.flip(-1))], 1)
+            self.latents[rows] = both.half().cpu()
+            self.corrupt[rows] = corrupt + 1
+        runs.all_reduce(self.latents)  # the others' rows are zero here
+        runs.all_reduce(self.corrupt)
+        self.corrupt -= 1
+        if not self.latents.isfinite().all():
+            raise UserError("--cache: half precision does not hold these latents: train without it")
 
     def __len__(self):
-        return len(self.rows)
-
-    def __reduce__(self):  # as Packed
-        return Cached, (self.root, self.classes, len(self))
+        return len(self.latents)
 
     def name(self, index):
-        return f"{self.root} latent {index}"
+        return self.dataset.name(index)
 
     def __getitem__(self, item):
-        row = self.rows[item[0]]
-        return np.array(row["latents"]), int(row["label"]), -1
-
-
-def open_rows(folder, count):
-    """Return the memory-mapped rows of a folder of cached latents; UserError for a damaged file."""
-    try:
-        rows = np.load(os.path.join(folder, "latents.npy"), mmap_mode="r")
-        if rows.shape != (count,) or rows.dtype.names != ("latents", "label"):
-            raise ValueError(f"{rows.dtype} {list(rows.shape)}")
-    except Exception as e:  # as in Packed
-        raise UserError(f"--cache {folder}: latents.npy is damaged ({files.short_error(e)}): remove the "
-                        f"folder, and it is encoded again") from e
-    return rows
-
-
-def cache_state(folder, about, count):
-    """Return what a folder of cached latents says of them; {} if it is new or empty.
-
-    about: what the latents depend on; count: of images. Raises UserError for the latents of something else,
-    and for a folder that cannot be written where there is something to write.
-    """
-    folder = Path(folder)
-    state = files.read_json(folder / "cache.json")
-    if state and state.get("kind") != "latents" or (
-            not state and folder.exists() and set(os.listdir(folder)) - {runs.LOCK}):
-        raise UserError(f"--cache {folder} is not empty and holds no latents: give another folder")
-    stale = []
-    for name, value in about.items() if state else ():
-        known = state.get(name)
-        numbers = isinstance(value, list) and isinstance(known, list) and len(value) == len(known)
-        # Numbers that were measured in other batches differ by rounding.
-        if not (np.allclose(value, known, 1e-3, 1e-5) if numbers else value == known):
-            stale.append(name)
-    if stale:
-        raise UserError(f"--cache {folder} is stale, made with other {', '.join(stale)}: give another "
-                        f"folder, or remove it")
-    if state.get("encoded") != count:
-        try:
-            runs.new_folder(folder)
-        except argparse.ArgumentTypeError as e:
-            raise UserError(f"--cache {e}") from e
-    return state
-
-
-def cache_latents(folder, dataset, encode, shape, about, batch, workers, device, report):
-    """Encode a dataset and its mirror images once, in half precision, and return it as a dataset of latents.
-
-    encode(images [B, 3, H, W]) -> [B, *shape]; about: what its answer depends on, dataset_fingerprint among
-    it; batch: images at a time and process; report(dataset, indices): is told of corrupt images. Writes
-    latents.npy, records of "latents", float16 [2, *shape], and "label", and cache.json. A stopped run goes on
-    where it was.
-    """
-    folder = Path(folder)
-    count = len(dataset)
-    state = cache_state(folder, about, count)
-    if runs.all_reduce(torch.tensor(state.get("encoded") == count, dtype=torch.int64)) < runs.world_size():
-        if runs.rank() == 0:
-            runs.lock_folder(folder)
-        runs.barrier()
-        state = cache_state(folder, about, count)  # another run may have changed it before the lock
-        runs.barrier()  # every process has read it before the first one changes it
-        if state.get("encoded") != count:
-            state = {"kind": "latents", "encoded": 0, "corrupt": [], **about, **state}
-            write_latents(folder, dataset, encode, shape, state, batch, workers, device, report)
-        if runs.rank() == 0:
-            runs.unlock_folder(folder)
-    elif runs.rank() == 0:
-        report(dataset, torch.tensor(state.get("corrupt", []), dtype=torch.int64))
-    return Cached(folder, dataset.classes, count)
-
-
-@torch.no_grad()
-def write_latents(folder, dataset, encode, shape, state, batch, workers, device, report):
-    """Write the rows of latents.npy after state["encoded"], each process its share, and keep cache.json."""
-    count = len(dataset)
-    first = state["encoded"]
-    row = np.dtype([("latents", np.float16, (2, *shape)), ("label", np.int64)])
-    path = folder / "latents.npy"
-    if runs.rank() == 0 and first == 0:
-        if shutil.disk_usage(folder).free < count * row.itemsize:
-            raise UserError(f"--cache {folder}: {count:,} latents take {count * row.itemsize / 1e9:.3g} GB, "
-                            f"more than the disk has: give another place, or train without --cache")
-        files.write_json(folder / "cache.json", state)
-        path.unlink(missing_ok=True)  # a run that reads an old file keeps it
-        np.lib.format.open_memmap(path, "w+", row, (count,))
-    runs.barrier()
-    header = open_rows(folder, count).offset
-
-    # Chunks of images, one of each process at a time. Not through the memory map: on a full disk that kills.
-    chunks = [[(i, 0) for i in range(start, min(start + batch, count))]
-              for start in range(first, count, batch)]
-    mine = chunks[runs.rank()::runs.world_size()]
-    batches = iter(runs.progress(batches_of(dataset, mine, workers), "encoding", count - first, batch_size))
-    found = set(state.get("corrupt", []))
-    with open(path, "r+b") as file:
-        for i in range(0, len(chunks), runs.world_size()):
-            for images, labels, corrupt in itertools.islice(batches, 1):
-                report(dataset, corrupt)
-                found |= set(corrupt.tolist()) - {-1}
-                images = to_float(images, device)
-                both = torch.stack([encode(images), encode(images.flip(-1))], 1).half()
-                if not both.isfinite().all():
-                    raise UserError(f"--cache {folder}: latents that half precision does not hold: train "
-                                    f"without --cache")
-                rows = np.empty(len(labels), row)
-                rows["latents"] = both.cpu().numpy()
-                rows["label"] = labels
-                file.seek(header + mine[i // runs.world_size()][0][0] * row.itemsize)
-                write_rows(file, rows, folder)
-            if i % (8 * runs.world_size()) == 0 or i + runs.world_size() >= len(chunks):
-                everywhere = runs.gather(found)  # first the rows of all processes, then the record of them
-                if runs.rank() == 0:
-                    state["encoded"] = min(count, first + (i + runs.world_size()) * batch)
-                    state["corrupt"] = sorted(set().union(*everywhere))
-                    files.write_json(folder / "cache.json", state)
-    runs.barrier()
-
-
-def write_rows(file, rows, folder):
-    """Write rows at a file's position, and wait for the disk."""
-    try:
-        file.write(rows.tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-    except OSError as e:
-        raise UserError(f"--cache {folder}: not written ({e.strerror}): make room, and the same command goes "
-                        f"on; or train without --cache") from e
+        index, _ = item
+        return self.latents[index], int(self.labels[index]), int(self.corrupt[index])
 
 
 # -- python data.py pack -----------------------------------------------------------------------------------
 
-HEADER = 128  # bytes before the first image of images.npy
-
-
 def pack(src, dst, size, workers=0):
-    """Decode and centre-crop an image tree `src` once, to `dst`.
+    """Decode and centre-crop an image tree `src` once, to `dst`, which appears when it is whole.
 
     Writes images.npy (uint8 [N, size, size, 3]), labels.npy and classes.json. Returns the number of images
-    and the names of the corrupt ones, which are left out. A stopped run resumes where it was; `dst` appears
-    when it is whole.
+    and the names of the corrupt ones, which are left out.
     """
     dst = Path(dst)
     if dst.exists():
         raise UserError(f"{dst} already exists: give another name, or remove it")
-    part = dst.with_name(dst.name + ".part")
     dataset = ImageFolder(src, size)
     print(f"{runs.describe(dataset, src)} | {size} pixels | {workers} processes | writes {dst}", flush=True)
-    if part.exists() and (not part.is_dir() or any(part.iterdir()) and not (part / "state.json").exists()):
-        raise UserError(f"{part} is there, and not of an interrupted packing: move it away")
-    runs.lock_folder(part)
-
-    source = hashlib.sha256(b"\n".join([*dataset.names.tolist(), str(size).encode()])).hexdigest()
-    state = files.read_json(part / "state.json")
-    if state.get("source") != source or not (part / "images.npy").exists():
-        state = {"source": source, "read": 0, "corrupt": []}
-        files.write_json(part / "state.json", state)
-    with open(part / "images.npy", "r+b" if state["read"] else "wb") as file:
-        write_images(file, dataset, state, part / "state.json", workers)
-        labels = np.delete(dataset.labels, state["corrupt"])
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": (len(labels), size, size, 3)})
-        assert file.tell() == HEADER
-        os.fsync(file.fileno())
-    files.write_atomically(part / "labels.npy", lambda file: np.save(file, labels))
-    files.write_json(part / "classes.json", dataset.classes)
-    (part / "state.json").unlink()
-    (part / runs.LOCK).unlink()
-    part.rename(dst)
-    return len(labels), [dataset.name(i) for i in state["corrupt"]]
+    part = dst.with_name(f".{dst.name}.part")
+    if part.exists():
+        raise UserError(f"{part} is there: a packing that was killed has left it, or one still runs; remove it")
+    part.mkdir(parents=True)
+    try:
+        corrupt = write_images(part / "images.npy", dataset, workers)
+        labels = np.delete(dataset.labels, corrupt)
+        np.save(part / "labels.npy", labels)
+        files.write_json(part / "classes.json", dataset.classes)
+        part.rename(dst)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return len(labels), [dataset.name(i) for i in corrupt]
 
 
-def write_images(file, dataset, state, state_file, workers):
-    """Append the images after state["read"] to an open images.npy, and keep `state` on the disk."""
-    first = state["read"]
-    image_bytes = 3 * dataset.size ** 2
-    file.truncate(HEADER + (first - len(state["corrupt"])) * image_bytes)
-    file.seek(0, os.SEEK_END)
+def write_images(path, dataset, workers):
+    """Write the readable images of a dataset as .npy; return the indices of the others."""
     chunks = [[(i, 0) for i in range(start, min(start + 64, len(dataset)))]
-              for start in range(first, len(dataset), 64)]
-    saved = 0.0
-    batches = runs.progress(batches_of(dataset, chunks, workers), "packing", len(dataset) - first, batch_size)
-    for images, _, corrupt in batches:
-        file.write(images[corrupt < 0].numpy().tobytes())
-        state["corrupt"] += corrupt[corrupt >= 0].tolist()
-        state["read"] += len(images)
-        if time.time() - saved > 10 or state["read"] == len(dataset):
-            file.flush()
-            os.fsync(file.fileno())  # first the images, then the record that they are there
-            files.write_json(state_file, state)
-            saved = time.time()
+              for start in range(0, len(dataset), 64)]
+    batches = batches_of(dataset, chunks, workers)
+    corrupt_ones = []
+    with open(path, "wb") as file:
+        shape = (len(dataset), dataset.size, dataset.size, 3)
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        start = file.tell()
+        for images, _, corrupt in runs.progress(batches, "packing", len(dataset), batch_size):
+            file.write(images[corrupt < 0].numpy().tobytes())
+            corrupt_ones += corrupt[corrupt >= 0].tolist()
+        # Their number is known now; NumPy's headers leave room for any.
+        file.seek(0)
+        header["shape"] = (len(dataset) - len(corrupt_ones), *shape[1:])
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == start
+    return corrupt_ones
 
 
 def main():
@@ -568,7 +360,7 @@ def main():
     add = parser.add_argument
     add("command", choices=["pack"])
     add("src", help="folder of class folders of images")
-    add("dst", type=runs.new_folder, help="folder to write, for --data: images.npy, labels.npy, classes.json")
+    add("dst", help="folder to write, for --data: images.npy, labels.npy, classes.json")
     add("--size", type=runs.positive, default=256, help="pixels per side, cropped the ADM way")
     add("--workers", type=runs.not_negative, default=os.cpu_count(), help="decoding processes")
     args = parser.parse_args()

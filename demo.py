@@ -1,6 +1,5 @@
 """Where demo.pt comes from, and who judges it: the tiny frozen encoder, the embedded model, a classifier.
 
-    python demo.py show                        # shapes.png: what the built-in dataset looks like
     python demo.py encoder                     # trains runs/demo-encoder.pt, the frozen encoder of demo.pt
     python demo.py pack                        # demo.pt from the newest --demo runs of both stages
     python demo.py classify samples/           # how many samples show the class they were asked for
@@ -17,11 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import figures
 import files
 import runs
 import svg
 from files import UserError
+from sample import bundle
 from shapes import CLASSES, GRID, SIZE, draw, pictures
 
 # A DINOv3 architecture of 0.2M parameters.
@@ -98,8 +97,8 @@ def half(weights):
 
 def pack(path):
     """Write encoder, autoencoder and EMA transformer of the newest --demo runs in half precision."""
-    ae_path = runs.latest_run("ae", demo=True)
-    dit_path = runs.latest_run("dit", demo=True)
+    ae_path = runs.latest_run("autoencoder", demo=True)
+    dit_path = runs.latest_run("sit", demo=True)
     if not (ae_path and dit_path):
         raise UserError("no --demo runs of both stages below runs/: run train_ae.py --demo and "
                         "train_dit.py --demo first")
@@ -107,7 +106,7 @@ def pack(path):
     sit = svg.load_sit(dit_path)
     if sit.meta["autoencoder"]["fingerprint"] != ae.fingerprint:
         raise UserError(f"{dit_path} was not trained on {ae_path}: train the newest of both stages together")
-    both = svg.bundle(sit, ae)
+    both = bundle(sit, ae)
     both["encoder"] = files.load_checkpoint(ae.encoder.file)["encoder"]
     # Rounded weights are other weights, with another fingerprint.
     for part, key in (("autoencoder", "model"), ("sit", "ema")):
@@ -132,7 +131,7 @@ def train_classifier(steps=1500, batch=64, seed=0):
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     batches = random_batches(4, steps, batch, 10_000)
-    for images, labels, _ in runs.progress(batches, "training the judge", steps * batch, data.batch_size):
+    for images, labels, _ in runs.progress(batches, "training the classifier", steps * batch, data.batch_size):
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -170,14 +169,10 @@ def classify(folder):
 def main():
     """Run the command that the first argument names."""
     parser = runs.Parser(__doc__)
-    parser.add_argument("command", choices=("show", "encoder", "pack", "classify"))
+    parser.add_argument("command", choices=("encoder", "pack", "classify"))
     parser.add_argument("folder", nargs="?", default="samples", help="images by sample.py, for classify")
     args = parser.parse_args()
-    if args.command == "show":
-        sheet = figures.grid_image(pictures("shapes://val", 60), 10, CLASSES * 6, "the demo's real images")
-        files.save_image("shapes.png", sheet)
-        print("shapes.png")
-    elif args.command == "encoder":
+    if args.command == "encoder":
         Path("runs").mkdir(exist_ok=True)
         train_encoder("runs/demo-encoder.pt")
     elif args.command == "pack":

@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,6 @@ from sample import (
     add_sampler_flags,
     class_numbers,
     find_models,
-    fit_flow_flags,
     images_of,
     model_record,
     newest_run,
@@ -51,41 +51,18 @@ def target_names(dataset):
     return targets
 
 
-def reconstruction(ae, images, indices, args, device):
-    """Return what uint8 images [B, H, W, 3] of these items look like after encoding and decoding."""
-    with torch.no_grad(), runs.autocast(device, args.precision):
-        latents = ae.encode(data.to_float(images, device), args.align)
-        if args.noise:
-            noise = svg.sample_noise(0, [i for i, _ in indices], latents.shape[1:]).to(device)
-            latents = latents + args.noise * ae.latent_std * noise
-        return data.to_uint8(ae.decode(latents))
-
-
 def reconstruct(args, device):
-    """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG.
-
-    With --beside, another autoencoder's reconstructions stand in the overview too (figure 5).
-    """
-    path = args.ae or newest_run("ae", args)
+    """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG."""
+    path = args.ae or newest_run("autoencoder", args)
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
-    check_alignment(ae, path, args)
-    if args.noise and not ae.measured:
-        raise UserError(f"--noise {args.noise:g}: {path} holds no standard deviations of its "
-                        f"latents: train it to its end, or resume it")
-    if args.beside:
-        beside = svg.load_autoencoder(args.beside, weights_dir=args.weights).to(device)
-        if beside.image_size != ae.image_size or not beside.aligned:
-            raise UserError(f"--beside {args.beside}: give an autoencoder of {ae.image_size} pixels that has "
-                            f"running alignment statistics")
-    if not data.list_images(args.folder):
-        raise UserError(f"reconstruct {args.folder}: no images there")
     dataset = data.ImageFolder(args.folder, ae.image_size, flat=True)
     targets = target_names(dataset)
     out = Path(args.out)
+    if Path(args.folder).resolve() in (out.resolve(), *out.resolve().parents):
+        raise UserError(f"--out {out} lies in {args.folder}, whose images are reconstructed: give another --out")
     overview = f"{files.OVERVIEW}/reconstructions.png"
-    runs.claim_folder(args, {"reconstruct": args.folder, "autoencoder": ae.fingerprint, "align": args.align,
-                             "precision": args.precision, "noise": args.noise},
-                      [*targets, overview], [args.folder])
+    runs.claim_folder(args, {"reconstruct": args.folder, "autoencoder": ae.fingerprint,
+                             "precision": args.precision}, [*targets, overview])
     runs.say_start(device, args.precision, f"{args.folder}: {len(dataset):,} images",
                    runs.millions(autoencoder=ae), f"writes {out}/")
 
@@ -94,14 +71,18 @@ def reconstruct(args, device):
     items = [[(i, 0) for i in mine[j:j + args.batch]] for j in range(0, len(mine), args.batch)]
     batches = data.batches_of(dataset, items, args.workers)
     batches = runs.progress(batches, "reconstructing", len(targets), data.batch_size)
-    with files.image_threads() as save_image:
-        for indices, (images, _, corrupt) in zip(items, batches, strict=True):
-            images = reconstruction(ae, images, indices, args, device)
-            for (i, _), image, bad in zip(indices, images, corrupt.tolist(), strict=True):
-                if bad >= 0:
-                    warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
-                else:
-                    save_image(out / targets[i], image)
+    written = ()
+    with ThreadPoolExecutor(8) as pool:  # Pillow compresses outside of Python's lock
+        for chunk, (images, _, corrupt) in zip(items, batches, strict=True):
+            with torch.no_grad(), runs.autocast(device, args.precision):
+                images = data.to_uint8(ae.decode(ae.encode(data.to_float(images, device))))
+            for i in set(corrupt.tolist()) - {-1}:
+                warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
+            good = (corrupt < 0).tolist()
+            paths = [out / targets[i] for i, _ in itertools.compress(chunk, good)]
+            list(written)  # the batch before: its errors are raised here
+            written = pool.map(files.save_image, paths, images[good])
+        list(written)
     runs.barrier()
     if runs.rank() != 0:
         return
@@ -112,22 +93,8 @@ def reconstruct(args, device):
     pairs = [dataset[i, 0][0] for i in shown]
     pairs += [np.asarray(Image.open(out / targets[i])) for i in shown]
     title = f"originals, reconstructions by {path}"
-    if args.beside:
-        images = data.to_float(torch.from_numpy(np.stack(pairs[:len(shown)])), device)
-        with torch.no_grad(), runs.autocast(device, args.precision):
-            pairs += list(data.to_uint8(beside.decode(beside.encode(images))))
-        title += f", by {args.beside}"
     files.save_image(out / overview, figures.grid_image(np.stack(pairs), len(shown), title=title))
     print(f"{len(written)} images reconstructed by {path} in {out}/, overview in {out}/{overview}")
-
-
-def check_alignment(ae, path, args):
-    """Raise UserError if the autoencoder cannot encode with the alignment statistics that are asked for."""
-    if args.align and isinstance(ae, svg.VAE):
-        raise UserError(f"--align {args.align} does nothing for {path}, a VAE: leave it out")
-    if args.align != "batch" and not ae.aligned:
-        raise UserError(f"{path} has no running alignment statistics (the authors' file has none): give "
-                        f"--align batch")
 
 
 # -- Redrawing a part of a picture (paper, appendix C) -----------------------------------------------------
@@ -163,20 +130,17 @@ def edit_mask(photo_size, box, size, grid, outside=False):
 
 
 def invert(model, latents, times):
-    """Run the flow back along rising `times` (the last is 1) without class: {t: state} at each of them."""
-    trajectory = {times[-1]: latents}
-
-    def record(t, x):
-        trajectory[t] = x
-        return x
-
+    """Run the flow back along rising `times` (the last is 1) without class; return the state at each of them."""
     no_class = torch.full(latents.shape[:1], model.num_classes, device=latents.device)
-    svg.euler_sample(model, latents, no_class, times[::-1], after=record)
-    return trajectory
+    trajectory = [latents]
+    for t, t_before in itertools.pairwise(times[::-1]):
+        x = trajectory[-1]
+        trajectory.append(x + (t_before - t) * svg.guided_velocity(model, x, t, no_class))
+    return trajectory[::-1]
 
 
-def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0),
-                 internal_guidance=1.0):
+@torch.no_grad()
+def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidance_interval=(0.0, 1.0)):
     """Redraw normalised latents [1, N, C] as class y [1] where weights [N, 1] are above 0.
 
     The rest stays, bit for bit. The flow is inverted to times[0]. There the noise is renewed by its weight w,
@@ -184,35 +148,26 @@ def edit_latents(model, latents, y, weights, times, seed=0, guidance=4.0, guidan
     what is new fades with 1 - t. Elsewhere the inverted trajectory is put back.
     """
     trajectory = invert(model, latents, times)
-    chosen = weights > 0
-    steps = {t: i for i, t in enumerate(times)}
 
-    def renew(t, x, old, share):
+    def renew(i, x, old, share):
+        """Renew the noise `old` in the state x of times[i]."""
         w = weights * share ** 0.5
-        new = svg.sample_noise(seed, [steps[t]], x.shape[1:]).to(x.device)
+        new = svg.sample_noise(seed, [i], x.shape[1:]).to(x.device)
         change = ((1 - w * w).sqrt() - 1) * old + w * new
-        return torch.where(chosen, x + (1 - t) * change, trajectory[t])
+        return torch.where(weights > 0, x + (1 - times[i]) * change, trajectory[i])
 
-    def after(t, x):
-        nonlocal state
-        t_from = times[steps[t] - 1]
-        velocity = (x - state) / (t - t_from)
-        noise = x - t * velocity  # where the step's straight line began
-        state = renew(t, x, noise, (t - t_from) / (1 - t_from))
-        return state
-
-    t = times[0]
-    noise = (trajectory[t] - t * latents) / (1 - t)
-    state = renew(t, trajectory[t], noise, 1.0)
-    return svg.euler_sample(model, state, y, times, guidance, zero_init=False, after=after,
-                            guidance_interval=guidance_interval, internal_guidance=internal_guidance)
+    start = times[0]
+    x = renew(0, trajectory[0], (trajectory[0] - start * latents) / (1 - start), 1.0)
+    for i, (t, t_next) in enumerate(itertools.pairwise(times), 1):
+        v = svg.guided_velocity(model, x, t, y, guidance, guidance_interval)
+        noise = x - t * v  # where the step's straight line began
+        x = renew(i, x + (t_next - t) * v, noise, (t_next - t) / (1 - t))
+    return x
 
 
 def redraw(args, device):
     """Redraw the box of a picture as a class; the overview shows original, reconstruction, mask, edit."""
     sit, ae, path = find_models(args, device, decode_only=False)
-    fit_flow_flags(args, sit)
-    check_alignment(ae, path, args)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     photo = data.open_rgb(args.photo)
     weights = edit_mask(photo.size, args.box, ae.image_size, ae.grid, args.outside).to(device)
@@ -221,17 +176,16 @@ def redraw(args, device):
     overview = f"{files.OVERVIEW}/{result}"
     runs.claim_folder(args, {**model_record(sit, ae, args), "redraw": args.photo, "seed": args.seed,
                              "box": args.box, "outside": args.outside, "t_edit": args.t_edit,
-                             "classes": args.classes, "align": args.align}, [result, overview], [args.photo])
+                             "classes": args.classes}, [result, overview])
     runs.say_start(device, args.precision, f"{args.photo}, {photo.width} x {photo.height} pixels",
                    runs.millions(SiT=sit, autoencoder=ae), f"writes {out}/")
     original = data.crop(photo, ae.image_size)
     times = [args.t_edit, *(t for t in svg.euler_times(args.steps, args.shift) if t > args.t_edit)]
     with torch.no_grad(), runs.autocast(device, args.precision):
         image = data.to_float(torch.from_numpy(original)[None], device)
-        latents = ae.normalize(ae.encode(image, args.align)).float()
-        edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance,
-                              args.guidance_interval, args.internal_guidance)
-        before, after = to_pictures(ae, torch.cat([latents, edited]), args)
+        latents = sit.normalize(ae.encode(image)).float()
+        edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance, args.guidance_interval)
+        before, after = to_pictures(sit, ae, torch.cat([latents, edited]), args)
     if runs.rank() != 0:
         return
 
@@ -266,7 +220,6 @@ def interpolate_noise(a, b, weights, kind):
 def interpolate(args, device):
     """Write frames from the first sample of one seed to that of another, and a strip of them, per kind."""
     sit, ae, path = find_models(args, device)
-    fit_flow_flags(args, sit)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     out = Path(args.out)
     names = {kind: [f"{kind}-{i:06d}.png" for i in range(args.frames)] for kind in args.kind}
@@ -304,12 +257,6 @@ def box(text):
     return values
 
 
-def add_align_flag(add):
-    """Add --align."""
-    add("--align", choices=("running", "batch"),
-        help="alignment statistics of encoding (default: running; the authors' checkpoint allows only batch)")
-
-
 def add_class_flag(add):
     """Add --class, one class."""
     add("--class", dest="classes", nargs=1, required=True, help="number or name of the class")
@@ -333,15 +280,10 @@ def parse_args():
     add("folder", help="folder of images, of any depth")
     add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
     add("--ae", help="autoencoder checkpoint, SVG's or a VAE's (default: the newest run, else demo.pt)")
-    add("--beside", metavar="FILE", help="another autoencoder (say, one without residual) for the overview")
-    add("--noise", type=runs.number(), default=0.0, metavar="SIGMA",
-        help="decode latents with noise of so many standard deviations of each channel, drawn by the image's "
-        "index; 0: none; --beside stays without")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),
         help="data loading processes per process; 0: this one loads")
-    add_align_flag(add)
 
     command = add_command(redraw, "edit")
     command.set_defaults(zero_init=False, sampler="euler")
@@ -352,8 +294,7 @@ def parse_args():
     add_class_flag(add)
     add("--t-edit", type=runs.number(0, 0.99), default=0.2,
         help="how far the flow is inverted, of 1 (data) to 0 (noise); lower changes more")
-    add("--seed", type=runs.not_negative, default=0, help="of the new noise")
-    add_align_flag(add)
+    add("--seed", type=runs.not_negative, default=0, help="seed of the new noise")
     add_flow_flags(add, steps=100, shift=0.4)  # paper, appendix C
     add_model_flags(add)
 

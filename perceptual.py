@@ -42,7 +42,8 @@ class LPIPS(nn.Module):
         if vgg:
             weights = files.load_checkpoint(vgg)
             weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-            files.strict_load(self, weights, vgg, "VGG16")
+            with files.reading(vgg, "VGG16"):
+                self.load_state_dict(weights)
         heads = files.load_npz(Path(__file__).parent / "assets" / "lpips_vgg_heads.npz")
         for i in range(len(self.taps)):
             head = torch.from_numpy(heads[f"lin{i}"]).view(1, -1, 1, 1)
@@ -189,7 +190,8 @@ def load_inception(path):
     """
     weights = files.load_checkpoint(path)
     model = Inception(fc="fc.weight" in weights or "fc.bias" in weights)
-    files.strict_load(model, weights, path, "the FID Inception")
+    with files.reading(path, "the FID Inception"):
+        model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 

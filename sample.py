@@ -10,6 +10,7 @@ the batch or the number of processes; the pictures are then equal up to rounding
 """
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,13 @@ from PIL import Image
 import data
 import figures
 import files
+import layouts
 import runs
 import shapes
 import svg
 from files import UserError
 
-# -- Flags and models, also for edit.py and probe.py -------------------------------------------------------
+# -- Flags and models, also for editing and probes ---------------------------------------------------------
 
 SAMPLERS = {"euler": svg.euler_sample, "heun": svg.heun_sample}
 
@@ -46,17 +48,13 @@ def add_flow_flags(add, steps, shift):
         help="guidance scale; 1: none (paper: 4 for figures, 1.55 for FID)")
     add("--guidance-interval", type=runs.number(0, 1), nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
         help="range of t that is guided")
-    add("--internal-guidance", type=runs.number(0, 1000), default=1.0,
-        help="guidance by the middle head of train_dit.py --mid-loss: v_m + w (v - v_m) for the velocities "
-        "with and without class, before --guidance combines them; 1: none (arXiv 2512.24176: 1.4)")
-    add("--shift", type=runs.number_or_auto, default=shift, help="timestep shift in sampling; auto: 0.75 "
-        "times that of train_dit.py --shift auto, so that for 256 x 392 it is the paper's 0.15")
+    add("--shift", type=runs.number(above=0), default=shift, help="timestep shift in sampling")
 
 
 def add_sampler_flags(add):
     """Add --sampler, which images_of reads, and --no-zero-init, which flow_settings reads too."""
     add("--sampler", choices=SAMPLERS, default="euler",
-        help="Heun: second order, two evaluations a step (EDM, arXiv 2206.00364: Euler's FID with fewer)")
+        help="Heun: second order, two evaluations a step (EDM, arXiv 2206.00364)")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
 
 
@@ -66,26 +64,18 @@ def flow_settings(args):
     if start > end:
         raise UserError(f"--guidance-interval {start:g} {end:g}: it ends before it starts")
     return {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "zero_init": args.zero_init,
-            "guidance_interval": list(args.guidance_interval), "internal_guidance": args.internal_guidance}
-
-
-def fit_flow_flags(args, sit):
-    """Replace --shift auto by its number; UserError for --internal-guidance without a middle head."""
-    if args.shift == "auto":
-        args.shift = 0.75 * svg.auto_shift(sit.grid, sit.channels)
-    if args.internal_guidance != 1 and sit.middle_layer is None:
-        raise UserError(f"--internal-guidance {args.internal_guidance:g}: this transformer has no middle "
-                        f"head; train one by train_dit.py --mid-loss 0.5")
+            "guidance_interval": (start, end)}
 
 
 def evaluations(args):
     """Return how often a sample evaluates the network (NFE); a guided velocity takes two evaluations."""
     times = svg.euler_times(args.steps, args.shift)
-    first = 1 if args.zero_init and svg.is_guided(0.0, args.guidance, args.guidance_interval) else 0
-    evaluated = times[first:-1]
+    guided = [svg.is_guided(t, args.guidance, args.guidance_interval) for t in times]
+    first = 1 if args.zero_init and guided[0] else 0
+    evaluated = guided[first:-1]
     if args.sampler == "heun":
-        evaluated = evaluated + times[first + 1:]
-    return sum(2 if svg.is_guided(t, args.guidance, args.guidance_interval) else 1 for t in evaluated)
+        evaluated += guided[first + 1:]
+    return len(evaluated) + sum(evaluated)
 
 
 def newest_run(stage, args):
@@ -99,7 +89,7 @@ def find_models(args, device, decode_only=True):
 
     decode_only: False if the autoencoder must also encode, which needs its encoder's file.
     """
-    path = args.ckpt or newest_run("dit", args)
+    path = args.ckpt or newest_run("sit", args)
     sit = svg.load_sit(path).to(device)
     trained_on = sit.meta.get("autoencoder", {})
     ae_path = args.ae or trained_on.get("path")
@@ -114,13 +104,11 @@ def find_models(args, device, decode_only=True):
     if trained_on and trained_on["fingerprint"] != ae.fingerprint and not args.any_ae:
         raise UserError(f"{path} was not trained on the autoencoder {ae_path}: name the right one by --ae, "
                         f"or insist by --any-ae")
-    if "latent_mean" in sit.meta and "latent_std" in sit.meta:
-        ae.load_statistics(sit.meta)
     if args.latent_stats:
-        ae.set_latent_stats(*files.load_latent_stats(args.latent_stats))
-    elif not ae.measured:
-        raise UserError(f"neither {path} nor {ae_path} holds the latents' mean and std: name them by "
-                        f"--latent-stats (the authors' dinov3_sp_stats.pt)")
+        sit.set_latent_stats(*layouts.load_latent_stats(args.latent_stats))
+    if sit.latent_std.isnan().any():
+        raise UserError(f"{path} does not hold the latents' mean and std: name them by --latent-stats (the "
+                        f"authors' dinov3_sp_stats.pt)")
     return sit, ae, path
 
 
@@ -146,9 +134,9 @@ def model_record(sit, ae, args):
     """Return what decides the pictures besides a command's own flags, for the record beside them."""
     return {"step": sit.meta.get("step"),
             "transformer": sit.meta.get("fingerprint") or files.fingerprint(sit.state_dict()),
-            "autoencoder": ae.fingerprint,
-            "statistics": files.fingerprint({"mean": ae.latent_mean, "std": ae.latent_std}),
-            "precision": args.precision, "sampler": args.sampler, **flow_settings(args)}
+            "statistics": files.fingerprint({"mean": sit.latent_mean, "std": sit.latent_std}),
+            "autoencoder": ae.fingerprint, "precision": args.precision, "sampler": args.sampler,
+            **flow_settings(args)}
 
 
 # -- Sampling ----------------------------------------------------------------------------------------------
@@ -169,12 +157,24 @@ def parse_args():
     add_flow_flags(add, steps=25, shift=0.15)
     add_sampler_flags(add)
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
-    add("--export", metavar="FILE", type=runs.new_file, help="only write transformer (EMA), autoencoder, "
-        "statistics and class names into one file for --ckpt, .pt or .safetensors, to give away")
+    add("--export", metavar="FILE.pt", type=runs.new_file, help="only write transformer (EMA), autoencoder "
+        "and class names into one file for --ckpt, to give away")
     runs.add_speed_flags(parser)
     parser.set_defaults(compile=False)  # a minute's wait pays off only for thousands of images
     add("--npz", type=runs.new_file, help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM")
     return parser.parse_args()
+
+
+def bundle(sit, ae):
+    """Return one checkpoint of a transformer and its autoencoder, as demo.pt is, without the frozen encoder.
+
+    load_sit and load_autoencoder read it; to encode, the encoder's file is looked for as that of a run is.
+    """
+    autoencoder = ae.to_checkpoint()
+    transformer = {"kind": "sit", "config": sit.config, **sit.meta, "ema": sit.state_dict(),
+                   "fingerprint": files.fingerprint(sit.state_dict()),
+                   "autoencoder": {"path": "", "fingerprint": autoencoder["fingerprint"]}}
+    return {"sit": transformer, "autoencoder": autoencoder}
 
 
 def label_of(i, numbers, args):
@@ -188,12 +188,12 @@ def images_of(sit, ae, noise, y, args):
     """Return uint8 images [B, H, W, 3] of noise [B, N, C] and labels y [B]."""
     with torch.no_grad(), runs.autocast(noise.device, args.precision):
         latents = SAMPLERS[args.sampler](sit, noise, y, **flow_settings(args))
-        return to_pictures(ae, latents, args)
+        return to_pictures(sit, ae, latents, args)
 
 
-def to_pictures(ae, latents, args):
+def to_pictures(sit, ae, latents, args):
     """Return uint8 images of normalised latents; UserError if they are not finite, which would be black."""
-    images = ae.decode(ae.denormalize(latents))
+    images = ae.decode(sit.denormalize(latents))
     if not images.isfinite().all():
         raise UserError(f"the pictures are not finite: --guidance {args.guidance:g} is too much, or "
                         f"--precision {args.precision} too little")
@@ -204,73 +204,32 @@ def write_images(sit, ae, numbers, out, args, device):
     """Write this rank's share of the images, with progress lines from rank 0."""
     mine = list(range(args.num))[runs.rank()::runs.world_size()]
     parts = [mine[j:j + args.batch] for j in range(0, len(mine), args.batch)]
-    full = parts
-    if args.compile:  # the last batch at the size of the others, for which there is a graph
-        full = [part + part[-1:] * (len(parts[0]) - len(part)) for part in parts]
-    drawn = runs.computed_ahead(
-        lambda indices: svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels)), full)
-    shown = runs.progress(parts, "sampling", args.num)
-    with files.image_threads() as save_image:
-        for part, indices, noise in zip(shown, full, drawn, strict=True):
+    written = ()
+    with ThreadPoolExecutor(8) as pool:  # Pillow compresses outside of Python's lock
+        for indices in runs.progress(parts, "sampling", args.num):
+            noise = svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels)).to(device)
             y = torch.tensor([label_of(i, numbers, args) for i in indices], device=device)
-            images = images_of(sit, ae, noise.to(device), y, args)
-            for i, image in zip(part, images):
-                save_image(out / f"{i:06d}.png", image)
-
-
-def write_npz(path, images):
-    """Write all images as uint8 [N, H, W, 3] under the key arr_0."""
-    files.write_atomically(path, lambda file: np.savez(file, arr_0=np.stack(images)))
-
-
-def compile_models(sit, ae):
-    """Compile what runs at every step, and the decoder."""
-    runs.compile_blocks(sit)
-    ae.decoder.compile(dynamic=False)
-
-
-def bench(args, device):
-    """Time the sampling of batches by --ckpt, or by untrained models of the paper's size XL."""
-    if args.ckpt:
-        sit, ae, path = find_models(args, device)
-    else:
-        path = "XL"
-        sit = svg.SiT(path).to(device).eval()
-        ae = svg.Autoencoder(None, feature_channels=384).to(device).eval()
-    fit_flow_flags(args, sit)
-    if args.compile:
-        compile_models(sit, ae)
-
-    def make(n):
-        noise = svg.sample_noise(args.seed, range(n), (sit.grid ** 2, sit.channels)).to(device)
-        y = torch.arange(n, device=device) % sit.num_classes
-        return lambda: images_of(sit, ae, noise, y, args)
-
-    runs.bench(args, device, make, args.batch * runs.world_size(), script="sample", model=str(path),
-               sampler=args.sampler, sampler_steps=args.steps, guidance=args.guidance)
+            images = images_of(sit, ae, noise, y, args)
+            list(written)  # the batch before: its errors are raised here
+            written = pool.map(files.save_image, [out / f"{i:06d}.png" for i in indices], images)
+        list(written)
 
 
 def main():
     """Sample: write PNGs, an overview and, with --npz, one file of all images."""
     args = parse_args()
     device = runs.setup(args.precision)
-    if args.bench:
-        bench(args, device)
-        return
 
     # Models, classes, and the folder to write.
     start = time.time()
     sit, ae, path = find_models(args, device)
     if args.export:
         if runs.rank() == 0:
-            files.save_checkpoint(args.export, svg.bundle(sit, ae))
+            files.save_checkpoint(args.export, bundle(sit, ae))
             print(f"{args.export}: {path} and its autoencoder, without the frozen encoder")
         return
-    fit_flow_flags(args, sit)
     numbers = class_numbers(args.classes, sit)
     out = Path(args.out)
-    if args.npz and runs.lies_in(args.npz, out):
-        raise UserError(f"--npz {args.npz} lies in --out {out}: give another place")
     asked = {"num": args.num, "classes": args.classes, "labels": args.labels, "seed": args.seed}
     names = [f"{i:06d}.png" for i in range(args.num)]
     overview = f"{files.OVERVIEW}/samples.png"
@@ -281,7 +240,8 @@ def main():
     runs.say(f"{args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, shift {args.shift:g}: "
              f"{evaluations(args)} network evaluations (NFE) an image")
     if args.compile:
-        compile_models(sit, ae)
+        runs.compile_blocks(sit)
+        ae.decoder.compile(dynamic=False)
 
     # Samples.
     write_images(sit, ae, numbers, out, args, device)
@@ -297,7 +257,8 @@ def main():
     files.save_image(out / overview, figures.grid_image(shown, 10, [classes[i] for i in labels], title))
     results = f"{out}/ and {out}/{overview}"
     if args.npz:
-        write_npz(args.npz, [np.asarray(Image.open(out / name)) for name in names])
+        images = np.stack([np.asarray(Image.open(out / name)) for name in names])
+        files.write_atomically(args.npz, lambda file: np.savez(file, arr_0=images))
         results += f" and {args.npz}"
     print(f"{results} in {time.time() - start:.1f} s")
 

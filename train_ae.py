@@ -2,8 +2,6 @@
 
     torchrun --nproc_per_node=8 train_ae.py --data imagenet/train  # paper's recipe: batch 512, 100K steps
     python train_ae.py --demo                                      # tiny sizes on built-in data, two cores
-    python train_ae.py --batch 64 --bench 20                       # speed and memory, without any file
-    python train_ae.py --vae 32 --data imagenet/train              # the control: a KL-VAE of the same losses
 
 Loss (the authors' code): sum over pixels of |x - y| + LPIPS(x, y), plus an adaptively weighted PatchGAN hinge
 loss from step --disc-start on. Writes runs/<name>/: config.json, log.jsonl, loss.png, last.pt, numbered
@@ -30,7 +28,9 @@ DEMO = {  # what --demo changes: sizes, schedule, and the losses that need a dow
     "data": "shapes://train", "name": "demo-ae", "encoder": str(shapes.DEMO_PT), "image_size": shapes.SIZE,
     "grid": shapes.GRID, "decoder_channels": 32, "decoder_mult": "1,1,2,2", "residual_dim": 64,
     "residual_depth": 2, "lpips": 0.0, "gan": 0.0, "batch": 64, "lr": 8e-4, "steps": 600, "log_every": 50,
-    "save_every": 300, "preview_every": 300, "stats_images": 2048, "workers": 0}
+    "save_every": 300, "preview_every": 300, "workers": 0}
+
+ALIGNMENT_IMAGES = 2048  # that measure the alignment statistics at each save
 
 # -- Discriminator -----------------------------------------------------------------------------------------
 
@@ -144,16 +144,9 @@ def parse_args():
     parser = runs.Parser(__doc__, DEMO)
     runs.add_training_flags(parser, "ae", batch=512, lr=1e-4, steps=100_000)
     add = parser.add_argument
-    add("--vae", type=runs.positive, metavar="CHANNELS", help="in place of SVG's autoencoder train a KL-VAE "
-        "of so many channels, with the same decoder and losses, a control; --name is then vae by default, "
-        "and stage 2 takes it by --ae alone")
-    add("--kl", type=runs.number(), default=1e-6, help="weight of the KL divergence of a --vae (LDM's)")
     add("--encoder", default="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
         help="frozen encoder: a path, or a file in the weights folder, to which these are downloaded: "
         f"{', '.join(files.OPEN_ENCODERS)}; DINOv3 in sizes S, S+, B, L you put there yourself")
-    add("--encoder-layers", type=runs.positive, default=1, metavar="K",
-        help="features: the mean of the tokens after the last K blocks, each through the final norm (RAEv2, "
-        "arXiv 2605.18324, K = 23 of ViT-L: rFID 0.60 -> 0.18, PSNR 18.9 -> 27.0)")
     add("--image-size", type=runs.positive, default=256, help="pixels per side")
     add("--grid", type=runs.positive, default=16, help="latent tokens per side")
     add("--residual-channels", type=runs.not_negative, default=8,
@@ -167,43 +160,14 @@ def parse_args():
     add("--residual-dropout", type=runs.number(0, 1), default=0.1, help="dropout in the residual encoder")
     add("--decoder-channels", type=runs.positive, default=128, help="decoder's width at full resolution")
     add("--decoder-mult", help="factors of it by level, full resolution first (default: 1,1,2,2,4)")
-    add("--noise", type=runs.number(), default=0.0, metavar="TAU",
-        help="in training decode latents with noise of 0 to TAU standard deviations of each channel, drawn "
-        "by image; 0: none (RAE, arXiv 2510.11690: gFID 4.81 -> 4.28, rFID 0.49 -> 0.57)")
     add("--lpips", type=runs.number(), default=1.0, help="weight of LPIPS; 0: off, VGG16 is not needed")
     add("--gan", type=runs.number(), default=0.5, help="weight of the adaptively weighted GAN loss; 0: off")
     add("--disc-start", type=runs.positive, default=2501, help="first step of the GAN loss")
-    add("--stats-images", type=runs.positive, default=10_000, help="images for the latents' mean and std")
-    args = parser.parse_args()
-    if args.residual_channels == 0 and args.align == "none":
-        raise UserError("--align none does nothing with --residual-channels 0: leave one of them out")
-    idle = ["kl"]
-    if args.vae:
-        if args.name == parser.get_default("name"):
-            args.name = args.name.replace("ae", "vae")  # of --demo too
-        idle = ["encoder", "encoder_layers", "residual_channels", "align", "mask_ratio", "residual_dim",
-                "residual_depth", "residual_dropout", "noise"]
-    for name in idle:
-        if getattr(args, name) != parser.get_default(name):
-            flag = f"--{name.replace('_', '-')}"
-            raise UserError(f"{flag} does nothing {'with' if args.vae else 'without'} --vae: leave it out")
-    return args
-
-
-def open_encoder(args):
-    """Load the frozen encoder; with --bench a missing file is replaced by random weights."""
-    path = files.find_weights(args.encoder, args.weights)
-    if not args.bench or path.exists():
-        return svg.load_encoder(runs.fetch_weights(args.encoder, args.weights))
-    names = [name for name in sorted(svg.ENCODERS, key=len) if path.name.startswith(name)]
-    if not names:
-        raise UserError(f"--encoder {args.encoder}: --bench without the file needs a name that begins with "
-                        f"one of {', '.join(svg.ENCODERS)}")
-    return svg.Encoder(svg.ViT(**svg.ENCODERS[names[-1]]), names[-1], path)
+    return parser.parse_args()
 
 
 def build_autoencoder(encoder, args):
-    """Return a new autoencoder, or KL-VAE, of the size that the flags ask for."""
+    """Return a new autoencoder of the size that the flags ask for."""
     heads = max(1, args.residual_dim // 48)
     if args.residual_dim % heads:
         raise UserError(f"--residual-dim {args.residual_dim}: give a multiple of 48, or less than 96")
@@ -218,12 +182,14 @@ def build_autoencoder(encoder, args):
             raise UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each level from "
                             f"--image-size {args.image_size} to --grid {args.grid}")
         decoder["ch_mult"] = factors
-    if args.vae:
-        factors = svg.level_factors(svg.pixels_per_token(args.image_size, args.grid))
-        return svg.VAE(args.vae, **{"ch_mult": factors, **decoder}, attention=True,
-                       image_size=args.image_size, grid=args.grid)
     return svg.Autoencoder(encoder, args.residual_channels, args.image_size, args.grid, args.mask_ratio,
-                           residual, decoder, align=args.align, encoder_layers=args.encoder_layers)
+                           residual, decoder, align=args.align)
+
+
+def preview_images(dataset, count=10):
+    """Return some images of a dataset, evenly spaced: [count, 3, H, W] in [-1, 1]."""
+    indices = np.linspace(0, len(dataset) - 1, count).astype(int).tolist()
+    return data.to_float(torch.from_numpy(np.stack([dataset[i, 0][0] for i in indices])), "cpu")
 
 
 def main():
@@ -233,14 +199,13 @@ def main():
     local_batch = runs.local_batch(args)
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
-    # Models and optimisers.
+    # Data, models and optimisers.
     torch.manual_seed(args.seed)  # every rank starts from the same weights
-    encoder = None if args.vae else open_encoder(args)
+    encoder = svg.load_encoder(runs.fetch_weights(args.encoder, args.weights))
     model = build_autoencoder(encoder, args)
     lpips = None
     if args.lpips:
-        vgg = None if args.bench else runs.fetch_weights("vgg16-397923af.pth", args.weights)
-        lpips = LPIPS(vgg).to(device)
+        lpips = LPIPS(runs.fetch_weights("vgg16-397923af.pth", args.weights)).to(device)
     disc = PatchDiscriminator().to(device)
     model.to(device).train()
     model.decoder.recompute = args.recompute
@@ -248,12 +213,7 @@ def main():
     opt = torch.optim.Adam(model.parameters(), args.lr, betas=(0.5, 0.9), fused=fused)
     opt_disc = torch.optim.Adam(disc.parameters(), args.lr, betas=(0.5, 0.9), fused=fused)
     if args.compile:
-        if args.vae:
-            model.encoder.compile(dynamic=False)
-        else:
-            runs.compile_blocks(encoder.vit)
-            if args.residual_channels:
-                runs.compile_blocks(model.residual)
+        runs.compile_blocks(model)
         model.decoder.features = torch.compile(model.decoder.features, dynamic=False)
         disc.compile(dynamic=False)
         if lpips:
@@ -266,46 +226,30 @@ def main():
     def train_step(step, images):
         """Step both optimisers on uint8 images [B, H, W, 3]: losses, gradient norm, whether skipped."""
         runs.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
-        masked = torch.rand(args.batch, device=device)[mine][:len(images)] < args.mask_ratio
-        draws = []
-        if args.noise:
-            sigma = args.noise * torch.rand(args.batch, 1, 1, device=device)
-            noise = torch.randn(args.batch, model.grid ** 2, model.channels, device=device)
-            draws.append((sigma * noise)[mine][:len(images)])
+        masked = torch.rand(args.batch, device=device)[mine] < args.mask_ratio
         runs.seed_step(args.seed, step, 1 + runs.rank())  # for dropout
         images = data.to_float(images, device)
         adversarial = args.gan > 0 and step + 1 >= args.disc_start
         opt.zero_grad(set_to_none=True)
         opt_disc.zero_grad(set_to_none=True)
-        totals = torch.zeros(4, device=device)
-        parts = runs.micro_batches(args.accumulate, [parallel_model, parallel_disc], images, masked, *draws)
-        for x, mask, *noise in parts:
+        totals = torch.zeros(3, device=device)
+        for x, mask in runs.micro_batches(args.accumulate, [parallel_model, parallel_disc], images, masked):
             part = len(x) / len(images)
             # Autoencoder.
             with runs.autocast(device, args.precision):
-                if args.vae:
-                    y, kl = parallel_model(x, mask)
-                else:
-                    y = parallel_model(x, mask, *noise)
-                y = y.float()
+                y = parallel_model(x, mask).float()
                 nll, l1, perceptual = reconstruction_loss(x, y, lpips, args.lpips)
                 disc.requires_grad_(False)
                 g_loss = -disc(y).float().mean() if adversarial else None
                 disc.requires_grad_(True)
-            outputs = [y]
-            gradients = [part * generator_gradient(y, nll, g_loss, args.gan, last_layer)]
-            if args.vae:
-                outputs.append(kl)
-                gradients.append(torch.full_like(kl, part * args.kl))
-            torch.autograd.backward(outputs, gradients)
+            y.backward(part * generator_gradient(y, nll, g_loss, args.gan, last_layer))
             # Discriminator.
             d_loss = torch.zeros_like(l1)
             if adversarial:
                 with runs.autocast(device, args.precision):
                     d_loss = hinge_loss(parallel_disc(x).float(), parallel_disc(y.detach()).float())
                 (part * d_loss).backward()
-            kl = kl.detach() if args.vae else torch.zeros_like(l1)
-            totals += part * torch.stack([l1, perceptual, d_loss.detach(), kl])
+            totals += part * torch.stack([l1, perceptual, d_loss.detach()])
         optimizers = [opt, opt_disc] if adversarial else [opt]
         grad_norm, skipped = runs.optimizer_step(*optimizers, clip=args.clip)
         losses = {"l1_loss": totals[0]}
@@ -313,67 +257,23 @@ def main():
             losses["lpips_loss"] = totals[1]
         if args.gan:
             losses["disc_loss"] = totals[2]
-        if args.vae:
-            losses["kl"] = totals[3]
         return losses, grad_norm, skipped
 
-    if args.bench:
-        def make(n):
-            images = runs.synthetic_images(n, args.image_size, device)
-            return lambda: train_step(args.disc_start, images)
-
-        runs.bench(args, device, make, args.batch, script="train_ae")
-        return
-
-    # Data, and the run to resume.
+    # The run, new or resumed.
     dataset = data.open_data(args.data, args.image_size, random_crop=True, seed=args.seed)
-    identity = data.dataset_identity(dataset)
-    if args.vae:
-        run = runs.Run("vae", args, identity)
-    else:
-        run = runs.Run("ae", args, {"trained_on": encoder.fingerprint, **identity})
+    run = runs.Run("autoencoder", args, encoder.fingerprint, **data.dataset_identity(dataset))
     runs.say_start(device, args.precision, runs.describe(dataset, args.data),
                    runs.millions(encoder=model.encoder, residual=getattr(model, "residual", None),
                                  decoder=model.decoder), f"writes {run.path}/")
-    step = 0
-    checkpoint = run.resume()
-    if checkpoint:
-        step = checkpoint["step"]
-        files.strict_load(model, checkpoint["model"], run.last, "the same autoencoder",
-                          checkpoint["fingerprint"])
-        files.strict_load(disc, checkpoint["disc"], run.last, "the discriminator")
-        files.load_optimizer(opt, checkpoint["opt"], run.last)
-        if checkpoint["opt_disc"].get("state"):  # empty until the GAN loss starts
-            files.load_optimizer(opt_disc, checkpoint["opt_disc"], run.last)
-        for group in (*opt.param_groups, *opt_disc.param_groups):
-            group["lr"] = args.lr
+    state = {"model": model, "disc": disc, "opt": opt, "opt_disc": opt_disc}
+    step = run.resume(state)
     centred = copy.copy(dataset)
     centred.random_crop = False
-    preview = np.stack([centred[i, 0][0] for i in np.linspace(0, len(centred) - 1, 10).astype(int).tolist()])
-    preview = data.to_float(torch.from_numpy(preview), device)
+    preview = preview_images(centred).to(device)
     batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
-
-    def save(stop):
-        """Measure the statistics, unless a signal came or comes, and save; return whether to stop."""
-        running = None if args.vae else model.alignment.clone()
-        if not stop:
-            some_images = data.spread_batches(centred, args.stats_images, local_batch, args.workers, device)
-            with runs.autocast(device, args.precision):
-                model.measure_statistics(run.until_signal(some_images))
-            model.train()
-            stop = run.stopped()
-        if stop:  # seconds may be left; stage 2, or the same command, measures what is missing
-            if not args.vae:
-                model.alignment.copy_(running)
-            model.latent_mean.zero_()
-        run.save({**model.to_checkpoint(), "step": step, "disc": disc.state_dict(),
-                  "opt": opt.state_dict(), "opt_disc": opt_disc.state_dict()})
-        return stop
 
     # Train.
     stop = run.begin()
-    if step >= args.steps and not model.measured:  # the last save was broken off
-        stop = save(stop)
     while step < args.steps and not stop:
         images, _, corrupt = next(batches)
         run.report_corrupt(dataset, corrupt)
@@ -393,8 +293,13 @@ def main():
 
         # Save.
         if step % args.save_every == 0 or step == args.steps or stop:
-            stop = save(stop)
-    run.end(step, model.measured)
+            if not stop:  # else seconds may be left, and the running averages do
+                some = data.spread_batches(centred, ALIGNMENT_IMAGES, local_batch, args.workers, device)
+                with runs.autocast(device, args.precision):
+                    model.measure_alignment(some)
+                model.train()
+            run.save(step, state, model.to_checkpoint())
+    run.end(step)
 
 
 if __name__ == "__main__":
