@@ -30,11 +30,13 @@ import files
 import runs
 import shapes
 import svg
+import train_ae
+import train_dit
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # for the index of image trees
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"])
 REAL = ROOT.parent / "shared" / "real"  # real weights and images; tests that need them skip without
+train_ae.ALIGNMENT_IMAGES = 16  # here and in start(), or every run would draw thousands of images
+train_dit.LATENT_IMAGES = 64
 GOLDEN = files.load_npz(ROOT / "assets" / "golden.npz")
 MANIFESTS = json.loads(GOLDEN["manifests"].tobytes())
 GOLDEN |= files.load_npz(ROOT / "assets" / "golden_vae.npz")
@@ -164,9 +166,11 @@ def start(command, *more, processes=1, torchrun=(), **settings):
     script, *flags = *command.split(), *map(str, more)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun,
                 "--"]
-    command = [sys.executable, *launcher * (processes > 1), str(ROOT / f"{script}.py"), *flags]
+    command = [sys.executable, *launcher * (processes > 1), str(ROOT / "tests/start.py"), script, *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:.",
+                   "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **settings)
+                            env=environment, **settings)
 
 
 def shell(command, *more, **settings):
@@ -177,7 +181,7 @@ def shell(command, *more, **settings):
     return out
 
 
-MINI_AE = "train_ae --demo --batch 8 --stats-images 16 --log-every 1"
+MINI_AE = "train_ae --demo --batch 8 --log-every 1"
 MINI_DIT = ("train_dit --demo --batch 8 --model 2,32,2 --lr 0.01 --ema-decay 0.5 --preview-steps 2 "
             "--log-every 1")
 
@@ -241,5 +245,5 @@ def write_pictures(folder, count, first=0):
 
 # Both stages on --data at the smallest sizes.
 REAL_DATA = (f"--encoder {shapes.DEMO_PT} --image-size 32 --grid 4 --lpips 0 --gan 0 --decoder-channels 32 "
-             "--residual-dim 32 --residual-depth 1 --batch 4 --workers 0 --stats-images 4")
+             "--residual-dim 32 --residual-depth 1 --batch 4 --workers 0")
 DIT_DATA = "train_dit --batch 4 --ae runs/demo-ae/last.pt"
