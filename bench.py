@@ -133,7 +133,7 @@ def main():
         raise files.UserError(f"name one of {', '.join(programs)}, then its flags\n{__doc__}")
     name = sys.argv.pop(1)
     flags = sys.argv[1:]
-    args = programs[name].parse_args()
+    args = programs[name].parse_args()  # of the same flags
     device = runs.setup(args.precision)
     tflops = None
     if name == "sample":

@@ -4,182 +4,136 @@
     python probe.py segment --data ADEChallengeData2016 --features latent              # FPN head: mIoU, mAcc
     python probe.py depth --data nyu/official_splits                    # FPN head: RMSE, A.Rel
     python probe.py space --data imagenet/val                           # separability and t-SNE (figure 4a)
-    python probe.py flow --data imagenet/val                            # where the transformer errs
     python probe.py pca --class 207                                     # hidden states (figures 10, 11)
+    python probe.py features --encoder dinov2_vits14_pretrain.pth --images a.jpg b.jpg
     python probe.py toy                                                 # mean velocity fields (figure 4b)
-    python probe.py pixels --patch 8 --channels 392                     # an encoder without semantics (3.1)
 
-Each takes --help, and all but toy and pixels --demo: a run of a minute on a CPU without download. --features
-chooses encoder, residual, latent (both) or pixels. Numbers and pictures go to probes/<probe>.json and .png.
+Each takes --help, and all but features and toy take --demo: a run of a minute on a CPU without download.
+--features chooses encoder, residual, latent (both) or pixels. Numbers and pictures go to probes/<probe>.json
+and .png.
 """
 import functools
 import itertools
 import json
 import math
 import os
-import time
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import nn
 
 import data
-import figures
+import dense
 import files
+import maps
 import runs
 import shapes
 import svg
-from fid import frechet_distance, moments
 from files import UserError
-from sample import add_model_flags, class_numbers, find_models, fit_flow_flags
+from sample import add_model_flags, class_numbers, find_models
 
 # -- Frozen features ---------------------------------------------------------------------------------------
 
 SPACES = ("encoder", "residual", "latent", "pixels")
 
 
-def load_features(args, device, needed="encoder", ae=None):
+def load_features(args, device, needed="encoder", ae_path=None):
     """Return features(images [B, 3, H, W], space) -> float map [B, C, h, w], the spaces it has, and its file.
 
     --encoder is a frozen encoder alone. --ae is an autoencoder: its encoder's channels, its aligned residual,
     or both ("latent"); of a VAE all are the encoder's. "pixels" are the picture's own: 3 * ratio * ratio
-    channels for each patch. ae: one of several files. Raises UserError if the `needed` space is not there.
+    channels for each patch. ae_path: one of several files. Raises UserError without the `needed` space.
     """
     if args.encoder:
         path = args.encoder
         model = svg.load_encoder(runs.fetch_weights(path, args.weights)).to(device)
-        encoder_channels = model.dim
         ratio = 16 if model.vit.patch == 14 else model.vit.patch  # pixels per token and side
-        spaces = ("encoder", "pixels")
+        width = model.dim
     else:
-        path = ae or args.ae or runs.latest_run("ae", demo=False)
+        path = ae_path or args.ae or runs.latest_run("autoencoder", demo=False)
         if not path:
             raise UserError("no stage-1 run below runs/: name one by --ae, or an encoder by --encoder")
         model = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
-        encoder_channels = model.feature_channels
         ratio = model.ratio
-        spaces = SPACES if model.channels > encoder_channels else ("encoder", "pixels")
-    if needed not in spaces:
-        raise UserError(f"--features {needed}: {path} has {', '.join(spaces)} only")
-    runs.say(f"features of {path}: {runs.millions(model=model)}")
+        width = model.feature_channels
+    channels = {"encoder": slice(width), "residual": slice(width, None),  # of each space
+                "latent": slice(None), "pixels": None}
+    if args.encoder or model.channels == width:
+        del channels["residual"], channels["latent"]
+    if needed not in channels:
+        raise UserError(f"--features {needed}: {path} has {', '.join(channels)} only")
     if args.size % ratio:
         raise UserError(f"--size {args.size}: give a multiple of {ratio}")
+    runs.say(f"features of {path}: {runs.millions(model=model)}")
 
     @torch.no_grad()
     def features(images, space):
         if space == "pixels":
             return F.pixel_unshuffle(images, ratio)
-        h, w = (n // ratio for n in images.shape[-2:])
+        grid = [n // ratio for n in images.shape[-2:]]
         with runs.autocast(device, args.precision):
-            tokens = model(images, grid=(h, w)) if args.encoder else model.encode(images)  # [B, N, C]
-        if space == "encoder":
-            tokens = tokens[..., :encoder_channels]
-        elif space == "residual":
-            tokens = tokens[..., encoder_channels:]
-        return tokens.float().transpose(1, 2).unflatten(2, (h, w))
+            tokens = model(images, grid) if args.encoder else model.encode(images)  # [B, N, C]
+        return tokens[..., channels[space]].float().transpose(1, 2).unflatten(2, grid)
 
-    return features, spaces, str(path)
+    return features, list(channels), str(path)
 
 
-def encode(function, dataset, blocks, args, device):
-    """Yield function(images) and labels of each block of indices, --encode-batch images at a time.
-
-    Unreadable images are left out.
-    """
-    parts_of_blocks = [block.split(args.encode_batch) for block in blocks]
-    items = [[(i, 0) for i in part.tolist()] for part in itertools.chain(*parts_of_blocks)]
-    count = sum(len(part) for part in items)
-    batches = iter(runs.progress(data.batches_of(dataset, items, args.workers), "encoding", count,
-                                 data.batch_size))
-    for parts in parts_of_blocks:
-        encoded = []
-        labels = []
-        for images, y, corrupt in itertools.islice(batches, len(parts)):
-            for i in set(corrupt.tolist()) - {-1}:  # Python shows the same warning only once
-                warnings.warn(f"{dataset.name(i)}: not a readable image, skipped")
-            encoded.append(function(data.to_float(images, device))[corrupt < 0])
-            labels.append(y[corrupt < 0])
-        yield torch.cat(encoded), torch.cat(labels).to(device)
+@functools.cache
+def name_unreadable(dataset, index):
+    """Warn of a picture that cannot be read; once, for all epochs."""
+    warnings.warn(f"{dataset.name(index)}: not a readable image, skipped")
 
 
-# -- Data in, numbers out ----------------------------------------------------------------------------------
-
-LAYOUTS = {  # what --data holds
-    "classify": "class folders of images, or packed sets, in train/ and val/",
-    "space": "class folders of images, or a packed set",
-    "segment": "ADE20K's layout: {images,annotations}/{training,validation}/*, 0 = no label, 1 to 150",
-    "depth": "NYUv2's layout: {train,test}/<scene>/rgb_N.jpg with sync_depth_N.png in 16-bit millimetres",
-}
-
-
-def open_sets(args):
-    """Return the sets of a probe's data: [training, test], for `space` one alone."""
-    if args.demo:
-        return demo_sets(args.probe, args.size)
-    if args.probe == "space":
-        return [data.open_data(args.data, args.size)]
-    if args.probe == "classify":
-        return [data.open_data(os.path.join(args.data, split), args.size) for split in ("train", "val")]
-    sets = list_pairs(args.probe, args.data)
-    runs.say(f"{args.data}: {len(sets[0]):,} pairs to train, {len(sets[1]):,} to test")
-    return sets
+def encode(function, dataset, indices, args, device):
+    """Return function(images) and labels, --encode-batch images at a time; unreadable ones are left out."""
+    items = [[(i, 0) for i in part.tolist()] for part in indices.split(args.encode_batch)]
+    batches = data.batches_of(dataset, items, args.workers)
+    encoded = []
+    labels = []
+    for images, y, corrupt in runs.progress(batches, "encoding", len(indices), data.batch_size):
+        for i in corrupt[corrupt >= 0].tolist():
+            name_unreadable(dataset, i)
+        encoded.append(function(data.to_float(images, device))[corrupt < 0])
+        labels.append(y[corrupt < 0])
+    return torch.cat(encoded), torch.cat(labels).to(device)
 
 
-def demo_sets(probe, size):
-    """open_sets for the built-in data."""
-    if probe in ("segment", "depth"):
-        return [shapes.scenes(probe, "train"), shapes.scenes(probe, "val")]
-    if size != shapes.SIZE:
-        raise UserError(f"--size {size}: the images of --demo have {shapes.SIZE} pixels, leave it out")
-    if probe == "space":
-        return [shapes.dataset("shapes://val")]
-    return [shapes.dataset("shapes://train", 3000), shapes.dataset("shapes://val", 1000)]
-
-
-def rounded(value):
-    """Round the floats in dicts and lists to 4 digits; those that are not finite become None."""
-    if isinstance(value, dict):
-        return {key: rounded(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [rounded(v) for v in value]
-    if isinstance(value, float):
-        return round(float(value), 4) if math.isfinite(value) else None
-    return value
-
+# -- Results -----------------------------------------------------------------------------------------------
 
 def report(args, numbers, picture=None):
-    """Print the numbers (null: not finite); write them with the settings, and the picture, to --out."""
-    numbers = rounded(numbers)
+    """Print the numbers; write them with the settings, and the picture, to --out."""
+    # Rounded to 4 digits; NaN and infinity, which JSON does not know, become null.
+    numbers = json.loads(json.dumps(numbers), parse_float=lambda text: round(float(text), 4),
+                         parse_constant=lambda _: None)
     print(json.dumps(numbers), flush=True)
-    out = Path(args.out, args.probe)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(f"{out}.json", {**numbers, "settings": vars(args)})
-    written = f"{out}.json"
+    path = Path(args.out, f"{args.probe}.json")
+    files.write_json(path, {**numbers, "settings": vars(args)})
+    print(path)
     if picture:
-        files.save_image(f"{out}.png", picture)
-        written += f" and {out}.png"
-    print(written)
+        files.save_image(path.with_suffix(".png"), picture)
+        print(path.with_suffix(".png"))
+
+
+def evenly(first, last, count):
+    """Return whole numbers evenly spaced from first to last: `count`, or all if there are fewer."""
+    return np.unique(np.linspace(first, last, count).round().astype(int)).tolist()
 
 
 # -- Classification ----------------------------------------------------------------------------------------
 
 def random_resized_crops(images, generator):
     """Crop 8 to 100% of the area, ratio 3:4 to 4:3, half of them mirrored, at full size: [B, 3, H, W]."""
-    n = len(images)
-    u = torch.rand(5, n, generator=generator)
+    u = torch.rand(5, len(images), generator=generator)
     area = 0.08 + 0.92 * u[0]
     ratio = torch.exp((2 * u[1] - 1) * math.log(4 / 3))
-    w = (area * ratio).sqrt().clamp(max=1)
-    h = (area / ratio).sqrt().clamp(max=1)
-    x = (2 * u[2] - 1) * (1 - w)
-    y = (2 * u[3] - 1) * (1 - h)
-    mirror = torch.where(u[4] < 0.5, -1, 1)
-    zero = torch.zeros(n)
-    theta = torch.stack([torch.stack([w * mirror, zero, x], 1), torch.stack([zero, h, y], 1)], 1)
+    size = torch.stack([area * ratio, area / ratio]).sqrt().clamp(max=1)  # width and height, [2, B]
+    theta = torch.zeros(len(images), 2, 3)
+    theta[:, 0, 0] = size[0] * torch.where(u[4] < 0.5, -1, 1)
+    theta[:, 1, 1] = size[1]
+    theta[:, :, 2] = ((2 * u[2:4] - 1) * (1 - size)).T
     grid = F.affine_grid(theta.to(images.device), images.shape, align_corners=False)
     return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
 
@@ -187,32 +141,37 @@ def random_resized_crops(images, generator):
 def training_batches(features, train, args, device):
     """Yield features [b, C] and labels [b] of --batch images in random order, for --epochs epochs.
 
-    With --cache each image is encoded once, uncropped; otherwise a new crop of it in each epoch.
+    With --cache each image is encoded once, uncropped; otherwise a new crop of it in each epoch. The features
+    of a whole epoch are in memory, on the device.
     """
     if args.cache:
-        x, y = next(encode(features, train, [torch.arange(len(train))], args, device))
+        x, y = encode(features, train, torch.arange(len(train)), args, device)
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
+
+    def features_of_crops(images):
+        return features(random_resized_crops(images, generator))
+
     for _ in range(args.epochs):
         if args.cache:
-            for block in torch.randperm(len(y)).split(args.batch):
-                yield x[block], y[block]
+            order = torch.randperm(len(y))
         else:
-            blocks = torch.randperm(len(train)).split(args.batch)
-            yield from encode(lambda images: features(random_resized_crops(images, generator)),
-                              train, blocks, args, device)
+            x, y = encode(features_of_crops, train, torch.randperm(len(train)), args, device)
+            order = torch.arange(len(y))
+        for block in order.split(args.batch):
+            yield x[block], y[block]
 
 
 def classify(args, device):
     """Linear head on the mean of the tokens (paper: AdamW 5e-4, weight decay 1e-2, batch 3072, 30 epochs)."""
     features, _, path = load_features(args, device, args.features)
-    train, val = open_sets(args)
-    if train.classes != val.classes:
+    train, test = [data.open_data(os.path.join(args.data, split), args.size) for split in ("train", "val")]
+    if train.classes != test.classes:
         raise UserError(f"--data {args.data}: train/ and val/ hold different class folders")
-    runs.say(f"{runs.describe(train, 'train')}; {len(val):,} to test")
-    if args.batch < 2:
-        raise UserError(f"--batch {args.batch}: the head's normalisation takes at least 2 images")
-    start = time.time()
+    if args.demo:  # a part of it is enough
+        train = shapes.dataset("shapes://train", 3000)
+        test = shapes.dataset("shapes://val", 1000)
+    runs.say(f"{runs.describe(train, 'train')}; {len(test):,} to test")
 
     def pooled(images):
         return features(images, args.features).mean((2, 3))
@@ -231,250 +190,37 @@ def classify(args, device):
 
     # Test.
     head.eval()
-    x, y = next(encode(pooled, val, [torch.arange(len(val))], args, device))
+    x, y = encode(pooled, test, torch.arange(len(test)), args, device)
     with torch.no_grad():
         hits = head(x).topk(min(5, len(train.classes))).indices == y[:, None]
-    top1 = hits[:, 0].float().mean().item()
-    top5 = hits.any(1).float().mean().item()
-    report(args, {"features": args.features, "of": path, "top1": top1, "top5": top5, "images": len(y),
-                  "seconds": round(time.time() - start)})
+    report(args, {"features": args.features, "of": path, "top1": hits[:, 0].float().mean().item(),
+                  "top5": hits.any(1).float().mean().item(), "images": len(y)})
 
 
-# -- Segmentation and depth: pairs of images and targets ---------------------------------------------------
+# -- Segmentation and depth --------------------------------------------------------------------------------
 
-def list_pairs(task, root):
-    """Return [training, test], pairs (image, label) of files; raises UserError that describes the layout."""
-    sets = []
-    for split in ("images/training", "images/validation") if task == "segment" else ("train", "test"):
-        folder = Path(root, split)
-        images = [Path(file) for file in data.list_images(folder)]
-        if task == "segment":
-            labels = Path(root, split.replace("images", "annotations"))
-            pairs = [(image, labels / image.relative_to(folder).with_suffix(".png")) for image in images]
-        else:
-            pairs = [(image, image.with_name(f"sync_depth{image.stem[3:]}.png")) for image in images
-                     if image.stem.startswith("rgb")]
-        if not pairs:
-            raise UserError(f"--data {root}: no images for '{split}'; expected {LAYOUTS[task]}")
-        for _, label in pairs:
-            read_label(label, task, lambda file: file.size)  # its header alone
-        sets.append(pairs)
-    return sets
-
-
-def read_label(path, task, read=np.asarray):
-    """Return read(the opened file); raises UserError that names a missing or damaged one."""
-    try:
-        with Image.open(path) as file:
-            return read(file)
-    except Exception as e:  # as in data.open_rgb
-        raise UserError(f"{path}: not a readable label ({files.short_error(e)}); expected "
-                        f"{LAYOUTS[task]}") from e
-
-
-def read_pair(pair, task):
-    """Return the image and its target [H, W]: class numbers or metres, 0 = unknown."""
-    image, target = pair
-    if isinstance(image, np.ndarray):  # the demo's
-        return Image.fromarray(image), target
-    image = data.open_rgb(image)
-    label = read_label(target, task).astype(np.int32)
-    if label.ndim != 2 or label.shape != image.size[::-1] or (task == "segment" and label.max() > 150):
-        raise UserError(f"{target}: not a label of {pair[0]}; expected {LAYOUTS[task]}")
-    if task == "segment":
-        return image, label
-    return image, (label / 1000).astype(np.float32)
-
-
-def is_known(pair, task):
-    """Whether the target of a pair has a known pixel."""
-    _, target = read_pair(pair, task)
-    return target.any()
-
-
-def random_crops(pairs, args, numbers):
-    """Return scaled, mirrored crops, each a function of (seed, its number) alone.
-
-    uint8 [B, size, size, 3], targets [B, size, size].
-    """
-    crops = []
-    for number in numbers:
-        rng = np.random.default_rng((args.seed, number))
-        image, target = read_pair(pairs[rng.integers(len(pairs))], args.probe)
-        factor = args.size * rng.uniform(args.least_scale, 1 / args.least_scale) / min(image.size)
-        size = [round(n * factor) for n in image.size]
-        y, x = (int(rng.integers(max(0, n - args.size) + 1)) for n in size[::-1])
-        box = (x, y, x + args.size, y + args.size)  # beyond the picture crop() fills in 0, which is unknown
-        image = image.resize(size, Image.Resampling.BILINEAR).crop(box)
-        target = Image.fromarray(target).resize(size, Image.Resampling.NEAREST).crop(box)
-        if rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-            target = ImageOps.mirror(target)
-        crops.append((np.array(image), np.array(target)))
-    return torch.utils.data.default_collate(crops)
-
-
-# -- Segmentation and depth: a pyramid head on the single-scale map ----------------------------------------
-
-class PyramidHead(nn.Module):
-    """Map [B, C, h, w] -> [B, out, 4h, 4w]: four scales of the one map, summed from coarse to fine (FPN)."""
-
-    def __init__(self, channels, out, width):
-        super().__init__()
-
-        def activated(layer):
-            return nn.Sequential(layer, nn.GroupNorm(1, width), nn.GELU())
-
-        def doubled(c):
-            return activated(nn.ConvTranspose2d(c, width, 2, 2))
-
-        self.norm = nn.BatchNorm2d(channels, affine=False)  # spaces differ in scale
-        self.scales = nn.ModuleList([nn.Sequential(doubled(channels), doubled(width)), doubled(channels),
-                                     nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
-        self.lateral = nn.ModuleList(nn.Conv2d(c, width, 1) for c in (width, width, channels, channels))
-        self.smooth = nn.ModuleList(activated(nn.Conv2d(width, width, 3, padding=1)) for _ in range(4))
-        self.head = nn.Conv2d(width, out, 1)
-
-    def forward(self, x):
-        x = self.norm(x)
-        size = [4 * n for n in x.shape[-2:]]
-        total = 0
-        above = None
-        for i in (3, 2, 1, 0):
-            level = self.lateral[i](self.scales[i](x))
-            if above is not None:
-                level = level + F.interpolate(above, level.shape[-2:], mode="bilinear")
-            total = total + F.interpolate(self.smooth[i](level), size, mode="bilinear")
-            above = level
-        return self.head(total)
-
-
-def dense_loss(task, out, target):
-    """Cross-entropy; of log depth the scale-invariant error (Eigen et al.), with 0.15 of the scale's own."""
-    if task == "segment":
-        return F.cross_entropy(out, target.long() - 1, ignore_index=-1)
-    known = target > 0
-    d = out.squeeze(1)[known] - target[known].log()
-    return (d.square().mean() - 0.85 * d.mean().square()).clamp(min=1e-8).sqrt()
-
-
-def learning_rate(step, steps, lr, warmup):
-    """Polynomial decay of power 0.9 from `lr` to 1e-6; before it a linear rise over `warmup` steps."""
-    decayed = 1e-6 + (lr - 1e-6) * (1 - step / steps) ** 0.9
-    return decayed * min(1, (step + 1) / max(1, warmup))
-
-
-def train_head(head, predict, pairs, args, device):
-    """Train a head in place; predict(images) is its answer in pixels, [B, out, H, W]."""
-    if args.probe == "segment":
-        steps = args.steps
-    else:
-        steps = max(1, args.epochs * len(pairs) // args.batch)
-    optimizer = torch.optim.AdamW(head.parameters(), args.lr, weight_decay=args.wd)
-    crops = torch.utils.data.DataLoader(range(steps * args.batch), args.batch, num_workers=args.workers,
-                                        collate_fn=functools.partial(random_crops, pairs, args))
-    start = time.time()
-    shown = 0.0
-    for step, (images, target) in enumerate(crops):
-        if not target.any():  # nothing known: the mean over no pixel is NaN
-            continue
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, args.lr, args.warmup)
-        loss = dense_loss(args.probe, predict(data.to_float(images, device)), target.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % args.log_every == 0 or runs.due(start, shown):
-            shown = time.time()
-            print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {time.time() - start:.0f} s", flush=True)
-
-
-def sliding(predict, image, size):
-    """Average predict() over windows of `size` at a stride of 2/3 of it: [1, out, H, W]."""
-    stride = size * 2 // 3
-    height, width = image.shape[-2:]
-    total = 0
-    count = 0
-    for start_y in range(0, height - size + stride, stride):
-        for start_x in range(0, width - size + stride, stride):
-            y = min(start_y, height - size)
-            x = min(start_x, width - size)
-            window = predict(image[..., y:y + size, x:x + size])
-            around = (x, width - x - size, y, height - y - size)
-            total = total + F.pad(window, around)
-            count = count + F.pad(torch.ones_like(window), around)
-    return total / count
-
-
-@torch.no_grad()
-def answer_of(predict, image, shape, args, device):
-    """Return the answer for a picture, NumPy [H, W] of the target's shape: class numbers or metres."""
-    x = data.to_float(torch.from_numpy(np.array(image))[None], device)
-    out = sliding(predict, x, args.size)
-    if args.probe == "depth":
-        out = (out + sliding(predict, x.flip(-1), args.size).flip(-1)) / 2
-    out = F.interpolate(out, shape, mode="bilinear")[0].cpu()
-    if args.probe == "depth":
-        return out[0].exp().clamp(1e-3, 10).numpy()
-    return (1 + out.argmax(0)).numpy()
-
-
-def measure(predict, pairs, args, device):
-    """Return the numbers over all pairs, and the first 8 as (image, target, answer) to show."""
-    confusion = np.zeros((args.outputs, args.outputs), np.int64)  # [truth, answer]
-    errors = []
-    shown = []
-    for pair in runs.progress(pairs, "testing", len(pairs), lambda _: 1):
-        image, target = read_pair(pair, args.probe)
-        size = [max(args.size, round(n * args.size / min(image.size))) for n in image.size]
-        image = image.resize(size, Image.Resampling.BILINEAR)
-        answer = answer_of(predict, image, target.shape, args, device)
-        if len(shown) < 8:
-            shown.append((np.asarray(image), target, answer))
-        a = answer[target > 0]
-        b = target[target > 0]
-        if args.probe == "segment":
-            np.add.at(confusion, (b - 1, a - 1), 1)
-        else:
-            errors.append((np.sqrt(((a - b) ** 2).mean()), (np.abs(a - b) / b).mean()))
-    if args.probe == "depth":
-        rmse, relative = np.mean(errors, 0).tolist()
-        return {"RMSE_m": rmse, "A.Rel": relative}, shown
-    right = np.diag(confusion)
-    truth = confusion.sum(1)
-    union = truth + confusion.sum(0) - right
-    return {"mIoU": (right[union > 0] / union[union > 0]).mean(),
-            "mAcc": (right[truth > 0] / truth[truth > 0]).mean()}, shown
-
-
-def dense(args, device):
+def predict_densely(args, device):
     """Train a pyramid head on frozen maps and measure it by sliding window."""
     features, _, path = load_features(args, device, args.features)
-    train, val = open_sets(args)
-    val = [pair for pair in val if is_known(pair, args.probe)]  # so a bad file shows now, not after training
-    if not val:
-        raise UserError(f"--data {args.data}: no test target has known pixels")
-    if not any(is_known(pair, args.probe) for pair in train):
-        raise UserError(f"--data {args.data}: no training target has known pixels")
+    train, test = dense.open_pairs(args)
     torch.manual_seed(args.seed)
     channels = features(torch.zeros(1, 3, args.size, args.size, device=device), args.features).shape[1]
-    head = PyramidHead(channels, args.outputs, args.width).to(device)
+    head = dense.PyramidHead(channels, args.outputs, args.width).to(device)
 
     def predict(images):
         return F.interpolate(head(features(images, args.features)), images.shape[-2:], mode="bilinear")
 
-    start = time.time()
-    train_head(head, predict, train, args, device)
+    dense.train_head(head, predict, train, args, device)
     head.eval()
-    numbers, shown = measure(predict, val, args, device)
-    picture = figures.dense_picture(args.probe, shown, args.features, max(96, min(192, args.size)))
-    report(args, {"features": args.features, "of": path, **numbers, "images": len(val),
-                  "seconds": round(time.time() - start)}, picture)
+    numbers, shown = dense.measure(predict, test, args, device)
+    picture = maps.dense_picture(args.probe, shown, args.features, max(96, min(192, args.size)))
+    report(args, {"features": args.features, "of": path, **numbers, "images": len(test)}, picture)
 
 
 # -- How separable a latent space is (figure 4a) -----------------------------------------------------------
 
 def separability(x, labels, seed):
-    """Return how well the classes of x [n, d] are told apart.
+    """Return how well the classes of x [n, d] are told apart; labels [n] from 0, with every class.
 
     That is the accuracy of logistic regression and of the nearest neighbour, on the half of each class that
     is held out, and the ratio of between-class to within-class scatter.
@@ -483,7 +229,8 @@ def separability(x, labels, seed):
     order = order[labels[order].argsort()]
     fit = order[::2]
     test = order[1::2]
-    head = nn.Linear(x.shape[1], int(labels.max()) + 1)
+    count = int(labels.max()) + 1
+    head = nn.Linear(x.shape[1], count)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=200, line_search_fn="strong_wolfe")
     x = x / x.std()
 
@@ -496,7 +243,7 @@ def separability(x, labels, seed):
     optimizer.step(closure)
     linear = head(x[test]).argmax(1)
     nearest = labels[fit][torch.cdist(x[test], x[fit]).argmin(1)]
-    means = torch.stack([x[labels == c].mean(0) for c in labels])
+    means = torch.stack([x[labels == c].mean(0) for c in range(count)])[labels]
     between = (means - x.mean(0)).square().sum()
     within = (x - means).square().sum()
     return {"linear": (linear == labels[test]).double().mean().item(),
@@ -504,107 +251,53 @@ def separability(x, labels, seed):
             "between/within": (between / within).item()}
 
 
+def images_by_class(dataset, args):
+    """Return --classes classes, evenly spaced, and the indices of equally many images of each."""
+    classes = evenly(0, len(dataset.classes) - 1, args.classes)
+    labels = torch.as_tensor(dataset.labels)
+    chosen = [(labels == c).nonzero()[:args.images // len(classes), 0] for c in classes]
+    if len(classes) < 2 or min(len(indices) for indices in chosen) < 4:
+        raise UserError(f"--images {args.images}, --classes {args.classes}: too few: it takes 2 classes and "
+                        f"4 images of each at least")
+    return classes, torch.cat(chosen)
+
+
+def encode_whole(features, kind, dataset, indices, args, device):
+    """Return all tokens of each image together, on the first 64 principal axes [n, 64], and labels [n]."""
+    def flat(images):
+        return features(images, kind).flatten(1).half()  # a thousand 256-pixel latents take 200 MB
+
+    x, y = encode(flat, dataset, indices, args, device)
+    return maps.principal(x.cpu().float(), 64).float(), y.cpu()
+
+
 def space(args, device):
     """Separability of each space: all tokens of an image together, on the first 64 principal axes.
 
     Of one file each space is shown, of several the whole latents of each.
     """
-    paths = args.ae or [None]
-    opened = [load_features(args, device, ae=ae) for ae in paths]
-    [dataset] = open_sets(args)
+    shown = {}  # name: features, space
+    for ae_path in args.ae or [None]:
+        features, spaces, path = load_features(args, device, ae_path=ae_path)
+        shown[path] = features, "latent" if "latent" in spaces else "encoder"
+    of = list(shown)
+    if len(shown) == 1:
+        of = path
+        shown = {kind: (features, kind) for kind in spaces}
+    dataset = data.open_data(args.data, args.size)
+    classes, indices = images_by_class(dataset, args)
 
-    # Classes evenly spaced, the same number of images of each.
-    count = min(args.classes, len(dataset.classes))
-    classes = torch.linspace(0, len(dataset.classes) - 1, count).round().long()
-    labels = torch.as_tensor(dataset.labels)
-    chosen = [(labels == c).nonzero()[:args.images // count, 0] for c in classes]
-    least = min(len(indices) for indices in chosen)
-    if count < 2 or least < 4:
-        raise UserError(f"--images {args.images}, --classes {args.classes}: too few: {count} classes, one of "
-                        f"{least} images; 2 of 4 images each are the least")
-
-    # Numbers and a map of each space.
     numbers = {}
     panels = []
-    for features, spaces, path in opened:
-        if len(paths) > 1:
-            spaces = ["latent" if "latent" in spaces else "encoder"]
-        for kind in spaces:
-            def flat(images, features=features, kind=kind):
-                return features(images, kind).flatten(1).half()  # a thousand 256-pixel latents take 200 MB
-
-            x, y = next(encode(flat, dataset, [torch.cat(chosen)], args, device))
-            x = figures.principal(x.cpu().float(), 64).float()
-            y = torch.searchsorted(classes, y.cpu())
-            some = np.linspace(0, len(x), min(len(x), 500), endpoint=False).astype(int)
-            name = kind if len(paths) == 1 else path
-            numbers[name] = separability(x, y, args.seed)
-            panels.append((name, numbers[name], figures.tsne(x[some], seed=args.seed).numpy()))
-    picture = figures.space_picture(panels, y[some].numpy(), [dataset.classes[c] for c in classes])
-    of = path if len(paths) == 1 else paths
-    report(args, {"of": of, "images": len(y), "classes": count, "chance": 1 / count, **numbers}, picture)
-
-
-# -- The flow: where the transformer errs, with no decoder in it -------------------------------------------
-
-@torch.no_grad()
-def flow(args, device):
-    """Flow loss of features and residual by t, and the Frechet distance of the samples' features.
-
-    Features are normalised; the distance is that of their means over the tokens of an image, from those of
-    held-out images. It sees no decoder, and compares models of one encoder.
-    """
-    sit, ae, path = find_models(args, device, decode_only=False)
-    fit_flow_flags(args, sit)
-    if args.train_shift == "auto":
-        args.train_shift = svg.auto_shift(sit.grid, sit.channels)
-    dataset = data.open_data(args.data, ae.image_size)
-    known = sit.meta.get("classes", dataset.classes)
-    if dataset.classes != known or len(known) != sit.num_classes:
-        raise UserError(f"--data {args.data}: not the classes that {path} was trained on")
-    runs.say(f"{path} | {runs.describe(dataset, args.data)}")
-
-    def latents_of(images):
-        with runs.autocast(device, args.precision):
-            return ae.normalize(ae.encode(images))
-
-    chosen = np.linspace(0, len(dataset), min(args.images, len(dataset)), endpoint=False).astype(int)
-    latents, y = next(encode(latents_of, dataset, [torch.from_numpy(chosen)], args, device))
-    if len(y) < 2:
-        raise UserError(f"--images {args.images}: fewer than 2 readable ones of --data {args.data}")
-    noise = svg.sample_noise(args.seed, range(len(y)), latents.shape[1:]).to(device)
-    parts = list(zip(*(x.split(args.encode_batch) for x in (latents, y, noise)), strict=True))
-    channels = {"features": slice(ae.feature_channels)}
-    if ae.channels > ae.feature_channels:
-        channels["residual"] = slice(ae.feature_channels, None)
-
-    # Loss by t, at the middles of ten equal parts of the training's times.
-    curves = {name: [] for name in channels}
-    with runs.autocast(device, args.precision):
-        for i in runs.progress(range(10), "flow loss", 10 * len(y), lambda i: len(y)):
-            u = (i + 0.5) / 10
-            errors = [svg.flow_error(sit, z, labels, args.train_shift, torch.full((len(z),), u).to(z), n)
-                      for z, labels, n in parts]
-            by_channel = torch.cat([error.mean(1) for error in errors]).mean(0)  # [C]
-            for name, part in channels.items():
-                curves[name].append([svg.shift_time(u, args.train_shift), by_channel[part].mean().item()])
-
-        # The samples' features.
-        distances = {}
-        real = latents[..., channels["features"]].mean(1)
-        for steps in args.steps:
-            shown = runs.progress(parts, f"{steps} steps", len(y), lambda part: len(part[1]))
-            z = [svg.euler_sample(sit, n, labels, steps, args.guidance, args.shift,
-                                  internal_guidance=args.internal_guidance) for _, labels, n in shown]
-            fake = torch.cat(z)[..., channels["features"]].mean(1)
-            gaussians = []
-            for x in (fake, real):
-                count, mean, scatter = moments(x)
-                gaussians += [mean.cpu(), scatter.cpu() / (count - 1)]
-            distances[str(steps)] = frechet_distance(*gaussians)
-    means = {f"loss_{name}": float(np.mean([loss for _, loss in curve])) for name, curve in curves.items()}
-    report(args, {"of": str(path), "images": len(y), **means, "frechet_by_steps": distances,
-                  "loss_by_t": curves}, figures.line_chart(curves, f"{path}: flow loss by t", "t"))
+    for name, (features, kind) in shown.items():
+        x, y = encode_whole(features, kind, dataset, indices, args, device)
+        y = torch.searchsorted(torch.tensor(classes), y)
+        some = np.linspace(0, len(x), min(len(x), 500), endpoint=False).astype(int)
+        numbers[name] = separability(x, y, args.seed)
+        panels.append((name, numbers[name], maps.tsne(x[some], seed=args.seed).numpy()))
+    picture = maps.space_picture(panels, y[some].numpy(), [dataset.classes[c] for c in classes])
+    report(args, {"of": of, "images": len(y), "classes": len(classes), "chance": 1 / len(classes), **numbers},
+           picture)
 
 
 # -- Mean velocity fields of two classes, entangled and separated (figure 4b) ------------------------------
@@ -635,251 +328,161 @@ def toy(args, device):
     noise = svg.sample_noise(args.seed, range(count), (1, 2))
     y = torch.arange(count) % 2
     line = torch.linspace(-2.6, 2.6, 10)
-    spots = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(-1, 1, 2)
+    spots = torch.cartesian_prod(line, line)
     half = torch.full((len(spots),), 0.5)
     numbers = {}
     panels = []
     for kind, split in BLOBS_OF_CLASSES.items():
         blobs = BLOBS[torch.tensor(split)]  # [class, 3, 2]
-
-        def velocity(x, t, y, blobs=blobs):
-            return mean_velocity(x, t, blobs[y])
-
-        velocity.num_classes = 2
-        ends = {steps: svg.euler_sample(velocity, noise, y, steps, shift=1.0) for steps in (1, 5, 25, 1000)}
-        errors = {steps: (ends[steps] - ends[1000]).norm(dim=2).mean().item() for steps in (1, 5, 25)}
-        arrows = [velocity(spots, half, torch.full((len(spots),), c))[:, 0] for c in (0, 1)]
-        numbers[kind] = {f"error_{steps}": error for steps, error in errors.items()}
-        panels.append((kind, errors, blobs, arrows, ends[5][:600, 0]))
-    report(args, numbers, figures.toy_picture(panels, spots[:, 0], y[:600]))
-
-
-# -- An encoder that knows nothing ------------------------------------------------------------------------
-
-def pixels(args, device):
-    """Write an encoder without semantics, for --encoder: a fixed rotation of the pixels of each patch.
-
-    The same transformer on its latents shows what the encoder's knowledge is worth (paper, section 3.1).
-    """
-    p = args.patch
-    dim = args.channels
-    if 3 * p * p > dim:
-        raise UserError(f"--channels {dim}: a --patch {p} has {3 * p * p} numbers, give at least as many")
-    vit = {"patch": p, "dim": dim, "depth": 0, "heads": 1, "grid": 1, "cls": False, "imagenet": False}
-    random = torch.randn(dim, 3 * p * p, generator=torch.Generator().manual_seed(args.seed))
-    rotation, _ = torch.linalg.qr(random)
-    weights = {"patch_embed.proj.weight": rotation.reshape(dim, 3, p, p),
-               "patch_embed.proj.bias": torch.zeros(dim),
-               "pos_embed": torch.zeros(1, 1, dim)}
-    path = Path(args.out, "pixels.pt")
-    if path.exists():
-        svg.load_encoder(path)  # refuses to replace anything else
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.save_checkpoint(path, {"encoder": {"name": f"pixels{p}", "vit": vit, "model": weights}})
-    print(path)
+        # The sampler passes labels on to the model: here a point's label is the blobs of its class.
+        ends = {steps: svg.euler_sample(mean_velocity, noise, blobs[y], steps, shift=1.0)
+                for steps in (1, 5, 25, 1000)}
+        numbers[kind] = {f"error_{steps}": (ends[steps] - ends[1000]).norm(dim=2).mean().item()
+                         for steps in (1, 5, 25)}
+        velocities = [mean_velocity(spots[:, None], half, blobs[None, c])[:, 0].numpy() for c in (0, 1)]
+        panels.append((kind, numbers[kind], blobs.numpy(), velocities, ends[5][:600, 0].numpy()))
+    report(args, numbers, maps.toy_picture(panels, spots.numpy(), y[:600].numpy()))
 
 
 # -- Principal components of hidden states and features (figures 10, 11) -----------------------------------
 
-def pca_of_features(args, device):
-    """Features of some pictures."""
+def show_features(args, device):
+    """Features of some pictures by a frozen encoder, their principal components as colours."""
     photos = np.stack([data.crop(data.open_rgb(file), args.size) for file in args.images])
     features, _, path = load_features(args, device)
-    maps = features(data.to_float(torch.from_numpy(photos), device), "encoder").cpu()
+    encoded = features(data.to_float(torch.from_numpy(photos), device), "encoder").cpu()
     report(args, {"of": path, "images": len(photos)},
-           figures.feature_picture(Path(path).name, photos, maps))
+           maps.feature_picture(Path(path).name, photos, encoded))
 
 
 def pca(args, device):
-    """Hidden states of some layers at some t for an image or a sample; with --encoder, features of images."""
-    if args.encoder:
-        return pca_of_features(args, device)
-    photos = [data.open_rgb(file) for file in args.images or ()]
-    sit, ae, path = find_models(args, device, decode_only=False)
+    """Hidden states of some layers at some t: of a sample, or with --image of a photo."""
+    sit, ae, path = find_models(args, device, decode_only=not args.image)
     y = torch.tensor(class_numbers([args.class_], sit), device=device)
     noise = svg.sample_noise(args.seed, [0], (sit.grid ** 2, sit.channels)).to(device)
     times = svg.euler_times(25, 0.4)
-    chosen = [times[i] for i in sorted({round(i) for i in np.linspace(0, 25, args.columns)})]
-    layers = sorted({round(i) for i in np.linspace(0, len(sit.blocks) - 1, args.rows)})
+    chosen = evenly(0, 25, args.columns)
+    t_shown = [times[i] for i in chosen]
+    layers = evenly(0, len(sit.blocks) - 1, args.rows)
     hidden = []
+
+    def record(block, inputs, out):
+        hidden.append(out.float().cpu())
+
     with torch.no_grad(), runs.autocast(device, args.precision):
-        # States x_t [T, N, C].
-        if photos:
-            what = args.images[0]
-            x = data.to_float(torch.from_numpy(data.crop(photos[0], ae.image_size))[None], device)
-            z = ae.normalize(ae.encode(x)).float()
-            states = {t: (1 - t) * noise + t * z for t in chosen}
+        # States x_t, each [1, N, C].
+        if args.image:
+            what = args.image
+            photo = torch.from_numpy(data.crop(data.open_rgb(what), ae.image_size))[None]
+            latents = sit.normalize(ae.encode(data.to_float(photo, device))).float()
+            states = [(1 - t) * noise + t * latents for t in t_shown]
         else:
             what = f"a sample of class {args.class_}, seed {args.seed}"
-            states = {0.0: noise}
-
-            def record(t, x):
-                states[t] = x
-                return x
-
-            svg.euler_sample(sit, noise, y, times, args.guidance, after=record)
-        x_t = torch.cat([states[t] for t in chosen])
+            states = [noise]
+            for a, b in itertools.pairwise(chosen):
+                states.append(svg.euler_sample(sit, states[-1], y, times[a:b + 1], args.guidance,
+                                               zero_init=a == 0))
 
         # Hidden states, and what x_t decodes to.
+        x_t = torch.cat(states)
         for i in layers:
-            sit.blocks[i].register_forward_hook(lambda _, inputs, out: hidden.append(out.float().cpu()))
-        sit(x_t, torch.tensor(chosen, dtype=torch.float32, device=device), y.expand(len(x_t)))
-        latents = ae.denormalize(x_t)
+            sit.blocks[i].register_forward_hook(record)
+        sit(x_t, torch.tensor(t_shown, device=device), y.expand(len(x_t)))
+        latents = sit.denormalize(x_t)
         decoded = data.to_uint8(ae.decode(latents))
-        final = latents[-1:, :, :ae.feature_channels].cpu()
+    features = latents[-1:, :, :ae.feature_channels].cpu()
     names = [f"layer {i + 1}" for i in layers]
-    picture = figures.hidden_picture(f"{Path(path).name}, {what}", chosen, decoded, final,
-                                     dict(zip(names, hidden, strict=True)))
+    picture = maps.hidden_picture(f"{Path(path).name}, {what}", t_shown, decoded, features,
+                                  dict(zip(names, hidden, strict=True)))
     report(args, {"of": str(path), "picture": what, "layers": [i + 1 for i in layers]}, picture)
 
 
 # -- The command -------------------------------------------------------------------------------------------
 
-PROBES = {"classify": classify, "segment": dense, "depth": dense, "space": space, "flow": flow, "pca": pca,
-          "toy": toy, "pixels": pixels}
-PRECISION = "bf16" if torch.cuda.is_available() else "fp32"
+PROBES = {"classify": classify, "segment": predict_densely, "depth": predict_densely, "space": space,
+          "pca": pca, "features": show_features, "toy": toy}
+LAYOUTS = {  # what --data holds
+    "classify": "class folders of images, or packed sets, in train/ and val/",
+    "space": "class folders of images, or a packed set",
+    **dense.LAYOUTS,
+}
+PAPER = {  # the defaults
+    "classify": {"data": "data/imagenet", "lr": 5e-4, "wd": 1e-2, "batch": 3072, "epochs": 30},
+    "segment": {"data": "data/ADEChallengeData2016", "size": 512, "lr": 8e-5, "wd": 1e-3, "batch": 16,
+                "steps": 8000, "warmup": 1500, "outputs": 150, "least_scale": 0.5},
+    "depth": {"data": "data/nyu", "size": 480, "lr": 5e-4, "wd": 1e-2, "batch": 24, "epochs": 25,
+              "warmup": 0, "outputs": 1, "least_scale": 1.0},  # scaling would change the depth
+    "space": {"data": "data/imagenet/val"},
+}
 TINY = {"ae": shapes.DEMO_PT, "size": shapes.SIZE, "workers": 0}
-DEMO = {  # the defaults that --demo replaces
-    "classify": {**TINY, "batch": 500, "lr": 5e-3, "cache": True},
+DEMO = {  # those of --demo
+    "classify": {**TINY, "data": "shapes://", "batch": 500, "lr": 5e-3, "cache": True},
     "segment": {**TINY, "lr": 2e-3, "steps": 300, "warmup": 30, "width": 64,
                 "outputs": 1 + len(shapes.CLASSES), "least_scale": 1.0},
     "depth": {**TINY, "lr": 2e-3, "epochs": 5, "width": 64},
-    "space": {**TINY, "ae": [shapes.DEMO_PT], "images": 500},
-    "flow": {"data": "shapes://val", "workers": 0},
+    "space": {**TINY, "data": "shapes://val", "ae": [shapes.DEMO_PT], "images": 500},
 }
 
 
-def add_input_flags(command, probe, folder, size):
-    """Add the flags of data and frozen features."""
-    add = command.add_mutually_exclusive_group().add_argument
-    add("--demo", action="store_true", help="built-in data and model, tiny sizes, no download")
-    add("--data", default=folder, help=LAYOUTS[probe])
-    add = command.add_mutually_exclusive_group().add_argument
-    about = "autoencoder checkpoint, SVG's or a VAE's (default: the newest run; demo.pt with --demo)"
-    if probe == "space":
-        add("--ae", nargs="+", metavar="FILE", help=about + "; of several their whole latents side by side")
-    else:
-        add("--ae", help=about)
-    add("--encoder", help="frozen encoder alone: a file in the weights folder, or a path")
-    add = command.add_argument
-    add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-    add("--size", type=runs.positive, default=size, help="pixels per side of a crop")
-    add("--workers", type=runs.not_negative, default=8, help="data loading processes")
-    add("--precision", choices=("fp32", "bf16"), default=PRECISION, help="of the frozen models' arithmetic")
-
-
-def add_head_flags(add, lr, wd, batch):
-    """Add the flags of every head and its optimiser."""
-    add("--features", choices=SPACES, default="encoder", help="which frozen features the head sees")
-    add("--lr", type=runs.number(above=0), default=lr, help="AdamW's learning rate, at first")
-    add("--wd", type=runs.number(), default=wd, help="weight decay")
-    add("--batch", type=runs.positive, default=batch, help="images per step")
-
-
-def add_dense_flags(add, warmup):
-    """Add the flags of pyramid heads."""
-    add("--width", type=runs.positive, default=256, help="channels of the head")
-    add("--warmup", type=runs.not_negative, default=warmup, help="steps of rising learning rate")
-    add("--log-every", type=runs.positive, default=50, help="steps between progress lines")
-
-
 def parse_args():
-    """Parse the command line; the defaults are the paper's."""
+    """Parse the command line."""
     parser = runs.Parser(__doc__)
-    commands = parser.add_subparsers(dest="probe", required=True, metavar=" | ".join(PROBES))
+    subparsers = parser.add_subparsers(dest="probe", required=True, metavar=" | ".join(PROBES))
+    commands = {name: subparsers.add_parser(name, doc=probe.__doc__, demo=DEMO.get(name))
+                for name, probe in PROBES.items()}
 
-    def add_probe(name):
-        command = commands.add_parser(name, doc=PROBES[name].__doc__, demo=DEMO.get(name))
-        command.add_argument("--out", type=runs.new_folder, default="probes",
-                             help="folder for the numbers and the picture")
-        command.add_argument("--seed", type=runs.not_negative, default=0,
-                             help="of weights, order, crops and noise")
-        return command, command.add_argument
+    def add(names, flag, **settings):
+        """Add a flag to each of the probes named."""
+        for name in names.split():
+            commands[name].add_argument(flag, **settings)
 
-    command, add = add_probe("classify")
-    add_input_flags(command, "classify", "data/imagenet", size=256)
-    add("--encode-batch", type=runs.positive, default=64, help="images encoded at a time")
-    add_head_flags(add, lr=5e-4, wd=1e-2, batch=3072)
-    add("--epochs", type=runs.positive, default=30, help="passes over the training images")
-    add("--cache", action="store_true", help="encode each image once, uncropped, for all epochs")
+    # Output, data and models.
+    every = " ".join(PROBES)
+    add(every, "--out", default="probes", help="folder for the numbers and the picture")
+    add(every, "--seed", type=runs.not_negative, default=0, help="seed of weights, order, crops and noise")
+    for name, layout in LAYOUTS.items():
+        group = commands[name].add_mutually_exclusive_group()
+        group.add_argument("--demo", action="store_true", help="built-in data and model, tiny, no download")
+        group.add_argument("--data", help=layout)
+        group = commands[name].add_mutually_exclusive_group()
+        group.add_argument("--ae", nargs="+" if name == "space" else None, metavar="FILE",
+                           help="autoencoder, SVG's or a VAE (default: the newest run; demo.pt with --demo); "
+                           "space takes several and compares their latents")
+        group.add_argument("--encoder", help="frozen encoder alone: a file in the weights folder, or a path")
+    inputs = " ".join(LAYOUTS)
+    add("features", "--encoder", required=True, help="frozen encoder: a file in the weights folder or a path")
+    add("features", "--images", required=True, nargs="+", metavar="PHOTO", help="pictures, one a column")
+    add(f"{inputs} features", "--weights", help="pretrained files (default: $SVG_WEIGHTS or weights/)")
+    add(f"{inputs} features", "--size", type=runs.positive, default=256, help="pixels per side of a crop")
+    add(inputs, "--workers", type=runs.not_negative, default=8, help="data loading processes")
+    add_model_flags(commands["pca"].add_argument)
+    add(f"{inputs} features pca", "--precision", choices=("fp32", "bf16"),
+        default="bf16" if torch.cuda.is_available() else "fp32", help="arithmetic of the frozen models")
 
-    command, add = add_probe("segment")
-    command.set_defaults(outputs=150, least_scale=0.5)
-    add_input_flags(command, "segment", "data/ADEChallengeData2016", size=512)
-    add_head_flags(add, lr=8e-5, wd=1e-3, batch=16)
-    add_dense_flags(add, warmup=1500)
-    add("--steps", type=runs.positive, default=8000, help="training steps")
+    # Heads.
+    heads = "classify segment depth"
+    add(heads, "--features", choices=SPACES, default="encoder", help="frozen features that the head sees")
+    add(heads, "--lr", type=runs.number(above=0), help="AdamW's learning rate, at first")
+    add(heads, "--wd", type=runs.number(), help="weight decay")
+    add(heads, "--batch", type=runs.whole(2), help="images per step")
+    add("classify depth", "--epochs", type=runs.positive, help="passes over the training images")
+    add("classify", "--cache", action="store_true", help="encode each image once, uncropped, for all epochs")
+    add("segment", "--steps", type=runs.positive, help="training steps")
+    add("segment depth", "--width", type=runs.positive, default=256, help="channels of the head")
+    add("segment depth", "--warmup", type=runs.not_negative, help="steps of rising learning rate")
 
-    command, add = add_probe("depth")
-    command.set_defaults(outputs=1, least_scale=1.0)  # scaling would change the depth
-    add_input_flags(command, "depth", "data/nyu", size=480)
-    add_head_flags(add, lr=5e-4, wd=1e-2, batch=24)
-    add_dense_flags(add, warmup=0)
-    add("--epochs", type=runs.positive, default=25, help="passes over the training images")
-
-    command, add = add_probe("space")
-    add_input_flags(command, "space", "data/imagenet/val", size=256)
-    add("--encode-batch", type=runs.positive, default=64, help="images encoded at a time")
-    add("--images", type=runs.positive, default=1000, help="images in all, shared by the classes")
-    add("--classes", type=runs.positive, default=20, help="of the data's, evenly spaced among them")
-
-    command, add = add_probe("flow")
-    add_model_flags(add)
-    add("--data", default="data/imagenet/val", help=LAYOUTS["space"] + ", not those of the training")
-    add("--images", type=runs.positive, default=1000,
-        help="images of them, and samples; as few as the features' channels bias the distance upward")
-    add("--steps", type=runs.positive, nargs="+", default=[5, 25], help="Euler steps of the samples")
-    add("--guidance", type=runs.number(0, 1000), default=1.0, help="guidance scale of the samples; 1: none")
-    add("--internal-guidance", type=runs.number(0, 1000), default=1.0,
-        help="guidance of the samples by the middle head, as sample.py's; 1: none")
-    add("--shift", type=runs.number_or_auto, default=0.15, help="timestep shift in sampling, as sample.py's")
-    add("--train-shift", type=runs.number_or_auto, default=0.4,
-        help="timestep shift of the loss's times, as train_dit.py's --shift")
-    add("--encode-batch", type=runs.positive, default=64, help="images at a time")
-    add("--workers", type=runs.not_negative, default=8, help="data loading processes")
-    add("--precision", choices=("fp32", "bf16"), default=PRECISION, help="of the models' arithmetic")
-
-    command, add = add_probe("pca")
-    add_model_flags(add)
-    add("--images", nargs="+", metavar="FILE", help="pictures (default: a sample of --class)")
-    add("--class", dest="class_", help="number or name of the class it is given (default: 0)")
-    add("--guidance", type=runs.number(), help="guidance scale of the sample (default: 4.0)")
-    add("--rows", type=runs.positive, default=4, help="layers shown")
-    add("--columns", type=runs.positive, default=6, help="times shown")
-    add("--encoder", help="show the features of a frozen encoder: a file in the weights folder, or a path")
-    add("--size", type=runs.positive, help="pixels per side of a crop for --encoder (default: 256)")
-    add("--precision", choices=("fp32", "bf16"), default=PRECISION, help="of the models' arithmetic")
-
-    add_probe("toy")
-
-    command, add = add_probe("pixels")
-    add("--patch", type=runs.positive, default=8, help="pixels per side of a patch")
-    add("--channels", type=runs.positive, default=392, help="of a token, 3 * patch^2 or more")
-
-    args = parser.parse_args()
-    if args.probe == "pca":
-        check_pca_flags(args)
-    return args
-
-
-def check_pca_flags(args):
-    """Raise UserError for flags of `pca` that contradict each other; set those that were not given."""
-    if args.encoder:
-        for flag, value in (("--demo", args.demo), ("--ckpt", args.ckpt), ("--ae", args.ae),
-                            ("--class", args.class_)):
-            if value:
-                raise UserError(f"{flag} does nothing with --encoder: leave one of them out")
-        if not args.images:
-            raise UserError("--encoder needs --images: pictures whose features to show")
-    elif args.size:
-        raise UserError("--size does nothing without --encoder: leave it out")
-    elif args.images and len(args.images) > 1:
-        raise UserError("--images: give one picture, or with --encoder any number")
-    if args.images and args.guidance is not None:
-        raise UserError("--guidance does nothing with --images: leave one of them out")
-    for name, default in (("class_", "0"), ("guidance", 4.0), ("size", 256)):
-        if getattr(args, name) is None:
-            setattr(args, name, default)
+    # Spaces and hidden states.
+    add("classify space", "--encode-batch", type=runs.positive, default=64, help="images encoded at a time")
+    add("space", "--images", type=runs.positive, default=1000, help="images in all, shared by the classes")
+    add("space", "--classes", type=runs.positive, default=20, help="number of classes, evenly spaced")
+    add("pca", "--image", metavar="PHOTO", help="picture to add noise to (default: a sample of --class)")
+    add("pca", "--class", dest="class_", default="0", help="number or name of the class that is given")
+    add("pca", "--guidance", type=runs.number(), default=4.0, help="guidance scale of the sample; 1: none")
+    add("pca", "--rows", type=runs.positive, default=4, help="layers shown")
+    add("pca", "--columns", type=runs.positive, default=6, help="times shown")
+    for name, defaults in PAPER.items():
+        commands[name].set_defaults(**defaults)
+    return parser.parse_args()
 
 
 def main():
@@ -888,11 +491,11 @@ def main():
     device = runs.setup()
     if runs.world_size() > 1:
         raise UserError("probe.py runs as one process: start it without torchrun")
-    written = Path(args.out, args.probe)
-    ours = "settings" in files.read_json(f"{written}.json")
-    foreign = [path for path in (f"{written}.json", f"{written}.png") if os.path.exists(path) and not ours]
-    if foreign:
-        raise UserError(f"{foreign[0]} is there and not of this program: give another --out")
+    written = Path(args.out, f"{args.probe}.json")
+    for path in (written, written.with_suffix(".png")):
+        if path.exists() and "settings" not in files.read_json(written):
+            raise UserError(f"{path} is there and not of this program: give another --out")
+    Path(args.out).mkdir(parents=True, exist_ok=True)  # fails now, and not after hours
     runs.say_start(device, getattr(args, "precision", "fp32"), args.probe, f"writes {args.out}/")
     PROBES[args.probe](args, device)
 
