@@ -483,8 +483,8 @@ class Run:
                             f"resume it, or another --name")
 
     def lock_folder(self):
-        """Lock the folder until this process ends, in whatever way; loading processes do not inherit it."""
-        self.lock = open(self.path / ".lock", "w")  # noqa: SIM115 (it stays open)
+        """Lock the folder until the run ends, in whatever way; loading processes do not inherit the lock."""
+        self.lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -634,7 +634,9 @@ class Run:
         barrier()
 
     def end(self, step):
-        """Say how the run ended, and how to resume it."""
+        """Unlock the folder, and say how the run ended and how to resume it."""
+        if rank() == 0:
+            os.close(self.lock)
         if step >= self.args.steps:
             say(f"done: {self.last}")
             return

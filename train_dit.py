@@ -22,7 +22,7 @@ from files import UserError
 DEMO = {  # what --demo changes
     "data": "shapes://train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 2700,
     "ema_decay": 0.99, "log_every": 100, "save_every": 900, "preview_every": 900, "workers": 0}
-LATENT_IMAGES = 10_000  # that measure the latents' mean and std at the start
+LATENT_IMAGES = 10_240  # that measure the latents' mean and std at the start; whole batches, as a rule
 
 
 def parse_args():
@@ -142,15 +142,15 @@ def main():
                    runs.millions(SiT=model, autoencoder=ae), f"writes {run.path}/")
     state = {"model": model, "ema": ema, "opt": opt}
     step = run.resume(state)
+    at_a_time = local_batch // args.accumulate
     with runs.autocast(device, args.precision):
         if step == 0 and args.latent_stats:
             model.set_latent_stats(*layouts.load_latent_stats(args.latent_stats))
         elif step == 0:
-            some = data.spread_batches(dataset, LATENT_IMAGES, local_batch, args.workers, device)
+            some = data.spread_batches(dataset, LATENT_IMAGES, at_a_time, args.workers, device)
             model.measure_latents(ae.encode, some)
         ema.set_latent_stats(model.latent_mean, model.latent_std)
         if args.cache:
-            at_a_time = local_batch // args.accumulate
             dataset = data.Latents(dataset, ae, at_a_time, args.workers, device)
             latents_of = choose_flipped
     preview_labels = torch.arange(16, device=device) % len(classes)

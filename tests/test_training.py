@@ -26,7 +26,6 @@ from tests.helpers import (
     MINI_AE,
     MINI_DIT,
     REAL_DATA,
-    ROOT,
     Case,
     ok,
     pictures,
@@ -121,27 +120,26 @@ class Commands(Case):
         self.assertEqual(read_log("ae")[-1]["corrupt"], 1)
 
 
-# A program's main under torchrun, whose compiled graphs are counted and run as they are.
+# A program whose compiled graphs are counted, and run as they are.
 COUNTED = """
 import importlib, sys
-sys.path.insert(0, {root!r})
 import torch
-import runs
 graphs = []
 def backend(graph, inputs):
     graphs.append(graph)
     return graph.forward
 compiled = torch.compile
-torch.compile = lambda function, **settings: compiled(function, **{{**settings, "backend": backend}})
-program = sys.argv.pop(1)
-runs.run_main(importlib.import_module(program).main)
-print("graphs", len(graphs), "breaks", sum(torch._dynamo.utils.counters["graph_break"].values()))
+torch.compile = lambda function, **settings: compiled(function, **{**settings, "backend": backend})
+program = importlib.import_module(sys.argv.pop(1))
+def main():
+    program.main()
+    print("graphs", len(graphs), "breaks", sum(torch._dynamo.utils.counters["graph_break"].values()))
 """
 
 
 class Compiled(Case):
     def test_no_graph_breaks_and_none_is_compiled_twice(self):
-        Path("counted.py").write_text(COUNTED.format(root=str(ROOT)))
+        Path("counted.py").write_text(COUNTED)
         often = " --save-every 2 --preview-every 2 --workers 0 --compile --steps"
         ae = MINI_AE + " --gan 0.5 --disc-start 2"
         dit = MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt"
@@ -154,7 +152,7 @@ class Compiled(Case):
             with self.subTest(command):
                 shutil.rmtree("runs", ignore_errors=True)
                 script, *flags = command.split()
-                out = shell(f"{self.folder}/counted", script, *flags, processes=processes)
+                out = shell("counted", script, *flags, processes=processes)
                 self.assertEqual(out.count(f"graphs {graphs} breaks 0"), processes, out[-300:])
 
 
@@ -345,9 +343,9 @@ def seed_step(seed, step, *rank):
         raise RuntimeError("the card fell off the bus")
     real(seed, step, *rank)
 runs.seed_step = seed_step
-runs.run_main(train_dit.main)
+main = train_dit.main
 """)
-        command = command.replace("train_dit", f"{self.folder}/faulty")
+        command = command.replace("train_dit", "faulty")
         self.assertIn("stopped after step 2", shell(command, "faulty", processes=2))
         process = start(command, "faulty", processes=2, torchrun=["--max-restarts=1"])
         out, err = process.communicate(timeout=120)
@@ -417,8 +415,9 @@ runs.run_main(train_dit.main)
         for name, flags in (("whole", "--steps 4"), ("halves", "--steps 2"), ("halves", "--steps 4"),
                             ("stats", "--steps 1 --latent-stats stats.npz")):
             code, _, err = run(command, name, *flags.split())
-            self.assertEqual((code, err.count("\n")), (0, 1), err)
-            self.assertIn("theirs.pt has no alignment statistics", err)
+            self.assertEqual(code, 0, err)
+            if name == "whole":  # Python shows the same warning only once
+                self.assertRegex(err, "^warning: theirs.pt has no alignment statistics.*\n$")
         whole, halves, stats = (svg.load_checkpoint(f"runs/{name}/last.pt")
                                 for name in ("whole", "halves", "stats"))
         self.assert_same(whole, halves)
