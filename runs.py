@@ -397,9 +397,9 @@ def claim_folder(args, settings, names):
         out.mkdir(parents=True, exist_ok=True)
         record = files.read_record(out)
         written = set(record.get("files", []))
-        # A link would lead out of the folder; pathlib lists it, and does not follow it.
-        found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() or path.is_symlink()}
-        if record:
+        found = {path.name for path in out.iterdir()}
+        if record:  # a link would lead out of the folder; pathlib lists it, and does not follow it
+            found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() or path.is_symlink()}
             found = {name for name in found - {files.RECORD} if not re.search(r"(^|/)\.", name)}
         if found - written:
             raise UserError(f"--out {out} holds {min(found - written)}, which is not of this program: give "

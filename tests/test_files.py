@@ -1,17 +1,12 @@
 """Files: atomic writes, fingerprints."""
 import copy
-import json
 import os
-import time
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image
 
 import files
-import runs
 import svg
 from files import UserError
 from tests.helpers import Case
@@ -42,57 +37,15 @@ class Files(Case):
             files.save_image("a/0.png", np.zeros((4, 4, 3), np.uint8))
         self.assertEqual(os.listdir("a"), [])
 
-    def test_pictures_of_threads_are_all_there_at_the_end_and_their_errors_are_raised(self):
-        pictures = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), np.uint8)
-        with files.image_threads() as save_image:
-            for i, picture in enumerate(pictures):
-                save_image(f"out/{i}.png", picture)
-        self.assertTrue(all((np.asarray(Image.open(f"out/{i}.png")) == pictures[i]).all()
-                            for i in range(100)))
-        Path("file").write_text("no folder")
-        with self.assertRaises(FileExistsError), files.image_threads() as save_image:
-            save_image("file/0.png", pictures[0])
-        saved = []
-
-        def slow(path, image):
-            time.sleep(0.05)
-            saved.append(path)
-
-        with mock.patch("files.save_image", slow), self.assertRaises(KeyboardInterrupt), \
-                files.image_threads() as save_image:
-            for i in range(12):
-                save_image(f"{i}.png", pictures[0])
-            raise KeyboardInterrupt
-        self.assertLess(len(saved), 12)  # those that had not begun are left out
-
-    def test_what_is_computed_ahead_comes_in_order_with_its_errors(self):
-        started = []
-
-        def square(n):
-            started.append(n)
-            return n * n
-
-        results = runs.computed_ahead(square, range(5))
-        self.assertEqual(next(results), 0)
-        while len(started) < 2:
-            time.sleep(0.01)
-        self.assertEqual(started, [0, 1])  # one ahead and no more
-        self.assertEqual(list(results), [1, 4, 9, 16])
-        self.assertEqual(list(runs.computed_ahead(square, [])), [])
-        with self.assertRaises(ZeroDivisionError):
-            list(runs.computed_ahead(lambda n: 1 // n, [1, 0]))
-
-    def test_a_safetensors_file_keeps_nested_dicts_tensors_and_the_rest(self):
-        checkpoint = {"a": {"w": torch.arange(6.0).view(2, 3).half(), "n": torch.tensor(3), "text": "x"},
-                      "classes": ["one", "two"], "empty": {}}
-        svg.save_checkpoint("all.safetensors", checkpoint)
-        self.assert_same(svg.load_checkpoint("all.safetensors"), checkpoint)
-        data = Path("all.safetensors").read_bytes()  # as other readers see it
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8:8 + length])
-        self.assertEqual(length % 8, 0)
-        self.assertEqual(header["a/w"], {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]})
-        self.assertEqual(data[8 + length:][:12], checkpoint["a"]["w"].numpy().tobytes())
+    def test_what_fails_in_reading_names_the_file_and_a_debugger_sees_it(self):
+        with self.assertRaisesRegex(UserError, "x.pt: not a cake .KeyError: 'egg'.: damaged, or another"), \
+                files.reading("x.pt", "a cake"):
+            {}["egg"]
+        with self.assertRaisesRegex(UserError, "^as it is$"), files.reading("x.pt", "a cake"):
+            raise UserError("as it is")
+        with mock.patch.dict(os.environ, SVG_DEBUG="1"), self.assertRaises(KeyError), \
+                files.reading("x.pt", "a cake"):
+            {}["egg"]
 
     def test_fingerprint_changes_with_one_weight_and_not_with_the_file(self):
         a = {"w": torch.arange(6.0).view(2, 3), "b": torch.zeros(3)}

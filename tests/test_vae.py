@@ -10,15 +10,15 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
+import data
 import files
+import ldm
 import svg
 from files import UserError
 from tests.helpers import (
     MANIFESTS,
     Case,
-    demo_images,
     formula,
     image,
     normal,
@@ -37,9 +37,8 @@ TINY = {"z_channels": 2, "ch": 32, "ch_mult": [1, 1, 2], "attention": True}
 
 def tiny_weights(**changes):
     """A small VAE's tensors in LDM's layout, filled by the formula."""
-    model = svg.VAE(**{**TINY, **changes})
-    return {k: formula(k, v.shape, False) for k, v in model.state_dict().items()
-            if not k.startswith("latent_")}
+    model = ldm.VAE(**{**TINY, **changes})
+    return {k: formula(k, v.shape, False) for k, v in model.state_dict().items()}
 
 
 @functools.cache
@@ -50,7 +49,7 @@ def tiny_vae():
         return svg.load_autoencoder(f"{folder}/vae.pt")
 
 
-def to_diffusers(ldm, old=False):
+def to_diffusers(original, old=False):
     """LDM's names and shapes -> those of diffusers, of its first releases with `old`."""
     names = {".mid.attn_1.": ".mid_block.attentions.0.", ".mid.block_1.": ".mid_block.resnets.0.",
              ".mid.block_2.": ".mid_block.resnets.1.", ".down.": ".down_blocks.", ".block.": ".resnets.",
@@ -60,9 +59,9 @@ def to_diffusers(ldm, old=False):
                  ".proj_out.": ".to_out.0."}
     if old:
         attention |= {".q.": ".query.", ".k.": ".key.", ".v.": ".value.", ".proj_out.": ".proj_attn."}
-    last = max(int(k.split(".")[2]) for k in ldm if k.startswith("decoder.up."))
+    last = max(int(k.split(".")[2]) for k in original if k.startswith("decoder.up."))
     out = {}
-    for key, value in ldm.items():
+    for key, value in original.items():
         key = re.sub(r"\.up\.(\d+)", lambda match: f".up_blocks.{last - int(match[1])}", key)
         if ".attn" in key:
             for name, new in attention.items():
@@ -111,16 +110,16 @@ class Layouts(Case):
         self.assertEqual(MANIFESTS["diffusers_f8d4"], {k: list(v.shape) for k, v in to_diffusers(
             {k: torch.empty(s) for k, s in MANIFESTS["sd_vae_f8d4"].items()}).items()})
         for attention in (True, False):
-            ldm = tiny_weights(attention=attention)
+            original = tiny_weights(attention=attention)
             unused = {"loss.logvar": torch.zeros(1), "model_ema.decay": torch.ones(1),
                       "foundation_model.blocks.0.attn.q.weight": torch.ones(2, 2),
                       "linear_proj.weight": torch.ones(2, 2)}
-            torch.save(ldm, "ldm.pt")
-            torch.save({"state_dict": {**ldm, **unused}, "epoch": 3}, "ldm.ckpt")
-            write_safetensors("new.safetensors", to_diffusers(ldm))
-            torch.save(to_diffusers(ldm, old=True), "old.bin")
+            torch.save(original, "ldm.pt")
+            torch.save({"state_dict": {**original, **unused}, "epoch": 3}, "ldm.ckpt")
+            write_safetensors("new.safetensors", to_diffusers(original))
+            torch.save(to_diffusers(original, old=True), "old.bin")
             models = [svg.load_autoencoder(f) for f in ("ldm.pt", "ldm.ckpt", "new.safetensors", "old.bin")]
-            self.assertEqual({model.fingerprint for model in models}, {files.fingerprint(ldm)})
+            self.assertEqual({model.fingerprint for model in models}, {files.fingerprint(original)})
             for model in models:
                 self.assert_same(dict(model.state_dict()), dict(models[0].state_dict()))
                 self.assertEqual(model.channels, 32)
@@ -132,70 +131,31 @@ class Layouts(Case):
         torch.save(changed, "changed.pt")
         self.assertNotEqual(svg.load_autoencoder("changed.pt").fingerprint, tiny_vae().fingerprint)
 
-    def test_other_files_are_refused_in_one_line_that_says_what_they_seem_to_be(self):
-        ldm = tiny_weights()
+    def test_other_files_are_refused_in_one_line(self):
+        vae = tiny_weights()
         other = tiny_weights(ch_mult=[1, 2, 2])
-        sit = svg.SiT({"depth": 1, "dim": 32, "heads": 1}, 32, 10)
-        vit = svg.ViT(patch=16, dim=32, depth=1, heads=1)
-        decoder = {k: v for k, v in ldm.items() if k.startswith("decoder.")}
-        encoder = {k: v for k, v in ldm.items() if k.startswith("encoder.")}
-        for weights_, *words in (
-                ({"kind": "sit", "ema": sit.state_dict()}, "seems to be a diffusion transformer"),
-                (vit.state_dict(), "seems to be a vision transformer"),
-                (decoder, "seems to be part of an autoencoder"),
-                ({f"model.diffusion_model.{k}": v for k, v in ldm.items()}, "Stable Diffusion"),
-                ({"a": torch.ones(1)}, "seems to be no weights known here", "a"),
-                (encoder, "part of a VAE", "decoder.conv_in.weight"),
-                ({k: v for k, v in ldm.items() if "quant_conv" not in k}, "missing quant_conv.weight"),
-                ({**ldm, "quantize.embedding.weight": torch.ones(2, 2)}, "unexpected quantize."),
-                ({**encoder, **{k: v for k, v in other.items() if k not in encoder}}, "wrong shape"),
-                ({**ldm, **to_diffusers(ldm)}, "at once"),
-                ({**ldm, "decoder.up.0.block.0.conv1.weight": torch.ones(20, 32, 3, 3)}, "multiples of 32"),
-                ({**ldm, "encoder.conv_in.weight": 3}, "part of a VAE")):
+        encoder = {k: v for k, v in vae.items() if k.startswith("encoder.")}
+        for weights_, words in (
+                ({k: v for k, v in vae.items() if k.startswith("decoder.")}, "not an autoencoder"),
+                (encoder, "decoder.conv_in.weight"),
+                ({k: v for k, v in vae.items() if "quant_conv" not in k}, "Missing key(s)"),
+                ({**vae, "quantize.embedding.weight": torch.ones(2, 2)}, "Unexpected key(s)"),
+                ({**encoder, **{k: v for k, v in other.items() if k not in encoder}}, "size mismatch")):
             torch.save(weights_, "file.pt")
-            self.refused("edit reconstruct . --ae file.pt", "file.pt", *words)
-        write_safetensors("vae.safetensors", ldm)
-        for file, size in (("vae.safetensors", 100_000), ("file.pt", 100)):
-            Path("cut").write_bytes(Path(file).read_bytes()[:size])
-            Path("cut").rename(f"cut{Path(file).suffix}")
-            self.refused(f"edit reconstruct . --ae cut{Path(file).suffix}", "not a readable", "truncated")
-
-    def test_the_autoencoder_of_svg_t2i_without_a_residual_loads(self):
-        whole = weights("svg_autoencoder")
-        alone = {k: v for k, v in whole.items() if k.startswith(("encoder.", "decoder."))
-                 and not k.startswith("decoder.up.4.attn.")}
-        alone["decoder.conv_in.weight"] = alone["decoder.conv_in.weight"][:, :384].clone()
-        torch.save({"state_dict": {**alone, "loss.logvar": torch.zeros(1)}}, "p.ckpt")
-        ae = svg.load_autoencoder("p.ckpt")
-        x = image(3, (1, 3, 64, 64))
-        with torch.no_grad():
-            latents = ae.encode(x)
-            self.assert_same(latents, ae.encoder(x))
-            self.assertEqual(ae.decode(latents).shape, x.shape)
-        self.assertEqual((ae.channels, ae.aligned, len(ae.decoder.up[4].attn)), (384, True, 0))
-        del alone["decoder.conv_in.weight"]
-        torch.save({"state_dict": alone}, "part.ckpt")
-        self.refused("edit reconstruct . --ae part.ckpt", "part.ckpt", "no extra_vit.*")
+            self.refused("edit reconstruct . --ae file.pt", "file.pt", words)
 
 
 class Posterior(Case):
     def test_latents_are_samples_in_training_and_means_in_eval(self):
         ae, x = tiny_vae(), image(1, (2, 3, 64, 64))
         self.addCleanup(ae.eval)
-        noise = normal(2, 2, 16, 32)
         with torch.no_grad():
             mean, logvar = ae.posterior(x)
-            sample = mean + (logvar / 2).exp() * noise
-            for latents, expected in ((ae.encode(x), mean), (ae.encode(x, noise=noise), sample),
-                                      (ae.encode(x, noise=noise, sample=False), mean),
-                                      (ae.train().encode(x, noise=noise), sample),
-                                      (ae.encode(x, sample=False), mean)):
-                self.assert_same(latents, expected)
-            drawn = (ae.encode(x) - mean) / (logvar / 2).exp()
-            other = ae.eval().encode(x, sample=True)
-        self.assertAlmostEqual(drawn.std().item(), 1, delta=0.1)
-        self.assertAlmostEqual(drawn.mean().item(), 0, delta=0.1)
-        self.assertFalse(torch.equal(other, mean))
+            self.assert_same(ae.encode(x), mean)
+            torch.manual_seed(0)
+            drawn = ae.train().encode(x)
+            torch.manual_seed(0)
+            self.assert_same(drawn, mean + (logvar / 2).exp() * torch.randn_like(mean))
 
     def test_the_log_variance_is_clamped(self):
         torch.save(tiny_weights(), "vae.pt")
@@ -214,73 +174,11 @@ class Posterior(Case):
             self.assert_same(latents[0, 6 + 2], cells[:, 4:8, 8:12].flatten())  # row 1, column 2
             self.close(ae.decode(latents, (4, 6)), ae.decoder(ae.post_quant_conv(cells[None])))
 
-    def test_measured_statistics_are_those_of_the_samples(self):
-        torch.save(tiny_weights(), "vae.pt")
-        ae, x = svg.load_autoencoder("vae.pt"), image(1, (8, 3, 64, 64))
-        self.assertEqual((ae.measured, ae.aligned), (False, True))
-        ae.measure_statistics(x.split(4))
-        with torch.no_grad():
-            moments = ae.moments(x)
-        mean, std = moments.flatten(0, 1).chunk(2, -1)
-        self.close(ae.latent_mean, mean.mean(0), 1e-3)
-        self.close(ae.latent_std, (mean.var(0, correction=0) + std.square().mean(0)).sqrt(), 1e-3)
-        samples = torch.cat([ae.draw(moments, normal(i, 8, 16, 32)).flatten(0, 1) for i in range(200)])
-        self.close(ae.latent_mean, samples.mean(0), 0.03)
-        self.close(ae.latent_std, samples.std(0), 0.03)
-
-
-class Control(Case):
-    """train_ae.py --vae: a KL-VAE by the losses of stage 1."""
-
-    TRAIN = ("train_ae --demo --batch 8 --stats-images 16 --log-every 1 --gan 0.5 --disc-start 2 --vae 4 "
-             "--name")
-
-    def test_the_reconstruction_is_of_a_sample_and_the_divergence_that_of_torch(self):
-        ae, x = svg.VAE(2, 32, [1, 1, 2], True, image_size=32, grid=4), image(1, (3, 3, 32, 32))
-        self.assertEqual((ae.ratio, ae.patch, ae.channels), (8, 2, 8))
-        torch.manual_seed(7)
-        with torch.no_grad():
-            y, kl = ae(x)
-            mean, logvar = ae.posterior(x)
-            posterior = torch.distributions.Normal(mean, (logvar / 2).exp())
-            expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1))
-            self.close(kl, expected.sum((1, 2)).mean(), 1e-4)
-            torch.manual_seed(7)
-            self.assert_same(y, ae.decode(ae.encode(x)))
-            self.assert_same(ae.eval()(x), ae.decode(mean))
-
-    def test_it_trains_resumes_and_serves_stage_2(self):
-        ok(self.TRAIN, "whole", "--steps", 4)
-        ok(self.TRAIN, "halves", "--steps", 2)
-        ok(self.TRAIN, "halves", "--steps", 4)
-        whole, halves = (svg.load_checkpoint(f"runs/{name}/last.pt") for name in ("whole", "halves"))
-        self.assert_same(whole, halves)
-        ok(self.TRAIN, "strict", "--steps", 4, "--kl", 10)
-        images = demo_images(32)
-        with torch.no_grad():
-            strict, free = (svg.load_autoencoder(f"runs/{name}/last.pt").posterior(images)
-                            for name in ("strict", "whole"))
-        self.assertLess(strict[0].square().mean(), free[0].square().mean())  # nearer to N(0, 1)
-        loss = ok("train_dit --demo --model 1,32,2 --ae runs/whole/last.pt --name dit --steps 1")
-        self.assertAlmostEqual(float(re.search(r"loss ([\d.]+)", loss)[1]), 2, delta=0.2)  # of unit variance
-        ok("sample --ckpt runs/dit/last.pt --num 2 --steps 2")
-        self.assertTrue(all(entry["kl"] > 0 for entry in read_log("whole")))
-        config = json.loads(Path("runs/whole/config.json").read_text())
-        Path("runs/whole/config.json").write_text(json.dumps({**config, "steps": 9}))
-        err = run("train_dit --demo --model 1,32,2 --ae runs/whole/last.pt --name dit2 --steps 1")[2]
-        self.assertIn("runs/whole/last.pt is not trained to its end", err)
-        for flags, words in (("--align none", "--align"), ("--encoder x", "--encoder"),
-                             ("--residual-channels 0", "--residual-channels")):
-            self.refused(f"{self.TRAIN} new {flags}", words, "does nothing with --vae")
-        self.refused("train_ae --demo --kl 1", "--kl does nothing without --vae")
-        with self.assertRaisesRegex(UserError, "--grid 5 is not a power of two"):
-            svg.VAE(4, 32, [1, 1], True, image_size=32, grid=5)
-
 
 class Programs(Case):
     def setUp(self):
         super().setUp()
-        smaller = mock.patch.object(svg.VAE.__init__, "__defaults__", (64, None))  # pixels, instead of 256
+        smaller = mock.patch.object(ldm.VAE.__init__, "__defaults__", (64,))  # pixels, instead of 256
         smaller.start()
         self.addCleanup(smaller.stop)
         torch.save(tiny_weights(), "vae.pt")
@@ -295,30 +193,25 @@ class Programs(Case):
         checkpoint = svg.load_checkpoint("runs/dit/last.pt")
         self.assertEqual(checkpoint["autoencoder"],
                          {"path": "vae.pt", "fingerprint": files.fingerprint(tiny_weights())})
-        self.assertEqual(checkpoint["latent_mean"].shape, (32,))
-        self.assertTrue((checkpoint["latent_std"] > 0.01).all())
+        self.assertEqual(checkpoint["ema"]["latent_mean"].shape, (32,))
+        self.assertTrue((checkpoint["ema"]["latent_std"] > 0.01).all())
         ok("sample --num 2 --steps 2")
         ok("edit reconstruct train/a --ae vae.pt")
         ok("edit interpolate --class a --seeds 1 2 --frames 2 --steps 2")
         ok("edit redraw train/a/0.png --box 4,4,20,20 --class a --steps 2")
-        ok("edit reconstruct train/a --ae vae.pt --beside vae.pt --out both")  # rows of the overview: 2, 3
-        two, three = (Image.open(f"{name}/overview/reconstructions.png").height
-                      for name in ("reconstructions", "both"))
-        self.assertAlmostEqual((three - 28) / (two - 28), 1.5, delta=0.01)
         ok("probe space --size 64 --data train --ae vae.pt --classes 2 --images 8 --workers 0")
         shutil.copy("vae.pt", "other.pt")
         ok("probe space --size 64 --data train --ae vae.pt other.pt --classes 2 --images 8 --workers 0 "
            "--out two")
         numbers = json.loads(Path("two/space.json").read_text())
         self.assertEqual((numbers["of"], numbers["vae.pt"]), (["vae.pt", "other.pt"], numbers["other.pt"]))
-        ok("sample --export all.safetensors")
-        for name, model in (("run", ""), ("exported", "--ckpt all.safetensors")):
+        ok("sample --export all.pt")
+        for name, model in (("run", ""), ("exported", "--ckpt all.pt")):
             ok(f"sample --num 2 --steps 2 {model} --out {name}")
         np.testing.assert_array_equal(pictures("run"), pictures("exported"))
         ok("probe pca --rows 1 --columns 2")
         Path("val").symlink_to("train")
         ok("probe classify --size 64 --data . --ae vae.pt --epochs 1 --batch 4 --workers 0")
-        self.refused("edit reconstruct train/a --ae vae.pt --align batch --out new", "--align batch", "VAE")
         torch.save(tiny_weights(attention=False), "vae.pt")
         code, _, err = run("sample --num 2 --steps 2 --out other")
         self.assertEqual((code, err.count("\n")), (2, 1))
@@ -335,13 +228,16 @@ class Programs(Case):
         np.testing.assert_allclose(losses["parts"], losses["whole"], 1e-5)
         self.assertEqual(losses["resumed"], losses["whole"])
 
-    def test_the_cache_keeps_the_posterior_of_which_training_draws(self):
-        ok(self.TRAIN + " --steps 3 --name images")
-        ok(self.TRAIN + " --steps 3 --name cached --cache cache")
-        images, cached = ([entry["loss"] for entry in read_log(name) if "loss" in entry]
-                          for name in ("images", "cached"))
-        np.testing.assert_allclose(cached, images, 1e-3)
-        self.refused(self.TRAIN + " --steps 1 --name new --residual-scale 3", "--residual-scale 3", "vae.pt")
+    def test_latents_in_memory_are_samples_too(self):
+        ok(self.TRAIN + " --steps 1 --cache")
+        ae, dataset = svg.load_autoencoder("vae.pt"), data.open_data("train", 64)
+        cached = data.Latents(dataset, ae.train(), 3, 0, torch.device("cpu"))
+        images = torch.from_numpy(np.stack([dataset[i, 0][0] for i in range(8)]))
+        with torch.no_grad():
+            mean, logvar = ae.posterior(data.to_float(images, "cpu"))
+        drawn = (cached.latents[:, 0].float() - mean) / (logvar / 2).exp()
+        self.assertAlmostEqual(drawn.std().item(), 1, delta=0.05)
+        self.assertAlmostEqual(drawn.mean().item(), 0, delta=0.05)
 
     def test_training_sees_samples_and_not_means(self):
         np.savez("stats.npz", mean=np.zeros(32), std=np.ones(32))  # the same for both
