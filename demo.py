@@ -7,7 +7,6 @@
 Like DINO the encoder knows what is where, and colour only coarsely; the residual branch adds the rest.
 docs/results.md has the commands that made demo.pt.
 """
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,59 +26,56 @@ from shapes import CLASSES, GRID, SIZE, draw, pictures
 VIT = {"patch": SIZE // GRID, "dim": 64, "depth": 4, "heads": 1, "registers": 4, "eps": 1e-5}
 
 
-def random_batches(seed, steps, batch, count=20_000):
-    """Return `steps` random batches (images, labels, outline masks) of `count` pictures drawn with `seed`."""
+def train(loss_of, parameters, seed, steps, count, batch=64, **settings):
+    """Minimise loss_of(images, labels, outline masks) by AdamW on `count` pictures drawn with `seed`."""
     rng = np.random.default_rng(seed)
     drawing = runs.progress(range(count), "drawing", count, lambda _: 1)
     drawn = [draw(i % len(CLASSES), rng) for i in drawing]
     images, masks = (torch.from_numpy(np.stack(parts)) for parts in zip(*drawn, strict=True))
-    chosen = (torch.from_numpy(rng.integers(0, count, batch)) for _ in range(steps))
-    return ((data.to_float(images[i], "cpu"), i % len(CLASSES), masks[i]) for i in chosen)
-
-
-# -- The frozen encoder ------------------------------------------------------------------------------------
-
-def encoder_loss(logits, coarse, colours, local, images, labels, masks):
-    """Return what the encoder is taught: class, outlines and colours.
-
-    Of every token [B, 17]: logits of the class, of an 8 x 8 outline of the whole shape, and the mean colours
-    of shape and ground; of each patch token [B, 16] logits of its own outline, [B, 16, patch^2].
-    """
-    def every_token(target):
-        return target.unsqueeze(1).expand(-1, logits.shape[1], *target.shape[1:])
-
-    masks = masks[:, None]
-    outline = F.pixel_unshuffle(masks, VIT["patch"]).flatten(2).transpose(1, 2)  # [B, 16, patch^2]
-    mean_colours = [(images * m).sum((2, 3)) / m.sum((2, 3)) for m in (masks, 1 - masks)]  # [B, 3] each
-    return (F.cross_entropy(logits.flatten(0, 1), every_token(labels).flatten())
-            + 2 * F.binary_cross_entropy_with_logits(coarse, every_token(F.avg_pool2d(masks, 4).flatten(1)))
-            + 2 * F.binary_cross_entropy_with_logits(local, outline)
-            + F.mse_loss(colours, every_token(torch.cat(mean_colours, 1))))
-
-
-def train_encoder(path, steps=5000, batch=64, seed=0):
-    """Train the tiny ViT on drawn pictures, and save it in half precision."""
-    torch.manual_seed(seed)
-    vit = svg.ViT(**VIT)
-    global_head = nn.Linear(VIT["dim"], len(CLASSES) + 64 + 6)
-    local_head = nn.Linear(VIT["dim"], VIT["patch"] ** 2)
-    parameters = [*vit.parameters(), *global_head.parameters(), *local_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, 2e-3, **settings)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    start = time.time()
-    for step, (images, labels, masks) in enumerate(random_batches(3, steps, batch), 1):
-        tokens = vit(svg.imagenet_normalize(images))
-        cls, patches = tokens[:, :1], tokens[:, vit.prefix:]
-        logits, coarse, colours = global_head(torch.cat([cls, patches], 1)).split([len(CLASSES), 64, 6], -1)
-        loss = encoder_loss(logits, coarse, colours, local_head(patches), images, labels, masks)
+    for _ in runs.progress(range(steps), "training", steps * batch, lambda _: batch):
+        i = torch.from_numpy(rng.integers(0, count, batch))
+        loss = loss_of(data.to_float(images[i], "cpu"), i % len(CLASSES), masks[i])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 200 == 0:
-            accuracy = (logits.mean(1).argmax(1) == labels).float().mean()
-            print(f"step {step}/{steps}  loss {loss:.3f}  accuracy {accuracy:.2f}  "
-                  f"{time.time() - start:.0f} s", flush=True)
+
+
+# -- The frozen encoder ------------------------------------------------------------------------------------
+
+def train_encoder(path, steps=5000, seed=0):
+    """Train the tiny ViT to tell class, outlines and colours, and save it in half precision.
+
+    Of every token: logits of the class, of an 8 x 8 outline of the whole shape, and the mean colours of shape
+    and ground; of each patch token, logits of its own outline.
+    """
+    torch.manual_seed(seed)
+    vit = svg.ViT(**VIT)
+    global_head = nn.Linear(VIT["dim"], len(CLASSES) + 64 + 6)
+    local_head = nn.Linear(VIT["dim"], VIT["patch"] ** 2)
+
+    def loss_of(images, labels, masks):
+        tokens = vit(svg.imagenet_normalize(images))
+        patches = tokens[:, vit.prefix:]
+        tokens = torch.cat([tokens[:, :1], patches], 1)  # [B, 17, 64]
+        logits, coarse, colours = global_head(tokens).split([len(CLASSES), 64, 6], -1)
+
+        def every_token(target):
+            return target.unsqueeze(1).expand(-1, tokens.shape[1], *target.shape[1:])
+
+        masks = masks[:, None]
+        outline = F.pixel_unshuffle(masks, VIT["patch"]).flatten(2).transpose(1, 2)  # [B, 16, patch^2]
+        mean_colours = [(images * m).sum((2, 3)) / m.sum((2, 3)) for m in (masks, 1 - masks)]  # [B, 3] each
+        bce = F.binary_cross_entropy_with_logits
+        return (F.cross_entropy(logits.flatten(0, 1), every_token(labels).flatten())
+                + 2 * bce(coarse, every_token(F.avg_pool2d(masks, 4).flatten(1)))
+                + 2 * bce(local_head(patches), outline)
+                + F.mse_loss(colours, every_token(torch.cat(mean_colours, 1))))
+
+    parameters = [*vit.parameters(), *global_head.parameters(), *local_head.parameters()]
+    train(loss_of, parameters, 3, steps, 20_000, weight_decay=0.05)
     # Half precision here, so that stage 1 trains on exactly the weights that demo.pt ships.
     model = {k: v.half() for k, v in vit.state_dict().items()}
     files.save_checkpoint(path, {"encoder": {"name": "demo", "vit": VIT, "model": model}})
@@ -90,35 +86,25 @@ def train_encoder(path, steps=5000, batch=64, seed=0):
 STATISTICS = ("alignment", "alignment_batches", "latent_mean", "latent_std")
 
 
-def half(weights):
-    """Return a state dict in half precision, but for its statistics."""
-    return {k: v if k in STATISTICS else v.half() for k, v in weights.items()}
-
-
 def pack(path):
     """Write encoder, autoencoder and EMA transformer of the newest --demo runs in half precision."""
-    ae_path = runs.latest_run("autoencoder", demo=True)
-    dit_path = runs.latest_run("sit", demo=True)
-    if not (ae_path and dit_path):
-        raise UserError("no --demo runs of both stages below runs/: run train_ae.py --demo and "
-                        "train_dit.py --demo first")
-    ae = svg.load_autoencoder(ae_path)
-    sit = svg.load_sit(dit_path)
+    ae = svg.load_autoencoder(runs.latest_run("autoencoder", demo=True) or "runs/demo-ae/last.pt")
+    sit = svg.load_sit(runs.latest_run("sit", demo=True) or "runs/demo-dit/last.pt")
     if sit.meta["autoencoder"]["fingerprint"] != ae.fingerprint:
-        raise UserError(f"{dit_path} was not trained on {ae_path}: train the newest of both stages together")
+        raise UserError("the newest --demo runs of both stages do not belong together: train stage 2 again")
     both = bundle(sit, ae)
     both["encoder"] = files.load_checkpoint(ae.encoder.file)["encoder"]
     # Rounded weights are other weights, with another fingerprint.
     for part, key in (("autoencoder", "model"), ("sit", "ema")):
-        both[part][key] = half(both[part][key])
-        both[part]["fingerprint"] = files.fingerprint(both[part][key])
+        weights = {k: v if k in STATISTICS else v.half() for k, v in both[part][key].items()}
+        both[part] |= {key: weights, "fingerprint": files.fingerprint(weights)}
     both["sit"]["autoencoder"]["fingerprint"] = both["autoencoder"]["fingerprint"]
     files.save_checkpoint(path, both)
 
 
-# -- The judge: do samples show what they were asked for? --------------------------------------------------
+# -- The classifier: do samples show what they were asked for? ---------------------------------------------
 
-def train_classifier(steps=1500, batch=64, seed=0):
+def train_classifier(steps=1500, seed=0):
     """Train a small convolutional classifier on drawn pictures; return it and its held-out accuracy."""
     torch.manual_seed(seed)
     layers = []
@@ -128,41 +114,29 @@ def train_classifier(steps=1500, batch=64, seed=0):
                    nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
         c = width
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 10))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    batches = random_batches(4, steps, batch, 10_000)
-    for images, labels, _ in runs.progress(batches, "training the classifier", steps * batch, data.batch_size):
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    train(lambda images, labels, _: F.cross_entropy(model(images), labels), model.parameters(), 4, steps, 10_000)
     model.eval()
-    held_out, _ = accuracy(model, pictures("shapes://val", 2000), np.arange(2000) % len(CLASSES))
+    held_out, _ = accuracy(model, pictures("shapes://val", 2000))
     return model, held_out
 
 
 @torch.no_grad()
-def accuracy(model, images, labels):
-    """Return the share of uint8 images [n, 32, 32, 3] that get their label, in all and per class."""
+def accuracy(model, images):
+    """Return the share of uint8 images [n, 32, 32, 3], of the classes in turn, that are told, and by class."""
+    labels = np.arange(len(images)) % len(CLASSES)
     right = model(data.to_float(torch.from_numpy(images), "cpu")).argmax(1).numpy() == labels
     return right.mean(), [right[labels == c].mean() for c in range(len(CLASSES))]
 
 
 def classify(folder):
     """Print how many samples, taken as classes in turn, show the class they were asked for."""
-    paths = data.list_images(folder)
-    if not paths:
-        raise UserError(f"{folder}: no images; run sample.py first")
-    images = [np.asarray(data.open_rgb(path)) for path in paths]
-    if any(image.shape != (SIZE, SIZE, 3) for image in images):
-        raise UserError(f"{folder}: give the demo's samples, of {SIZE} x {SIZE} pixels")
-    images = np.stack(images)
-    runs.say_start(torch.device("cpu"), "fp32", f"{folder}: {len(paths)} images")
+    images = [np.asarray(data.open_rgb(path)) for path in data.list_images(folder)]
+    if not images or any(image.shape != (SIZE, SIZE, 3) for image in images):
+        raise UserError(f"{folder}: give the demo's samples, of {SIZE} x {SIZE} pixels, by sample.py")
     model, held_out = train_classifier()
-    share, by_class = accuracy(model, images, np.arange(len(paths)) % len(CLASSES))
+    share, by_class = accuracy(model, np.stack(images))
     print(f"classifier: {held_out:.1%} right on held-out real images; "
-          f"{share:.1%} of {len(paths)} samples right")
+          f"{share:.1%} of {len(images)} samples right")
     print("  ".join(f"{name} {a:.0%}" for name, a in zip(CLASSES, by_class, strict=True)))
 
 

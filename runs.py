@@ -5,6 +5,7 @@ last.pt, numbered checkpoints and preview grids.
 """
 import argparse
 import contextlib
+import errno
 import fcntl
 import gc
 import json
@@ -92,6 +93,7 @@ def fetch_weights(name, weights_dir=None):
     return files.find_weights(name, weights_dir)  # the loader reports a file that is missing
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)")
 
 
@@ -122,8 +124,8 @@ def error_line(error):
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
         return (f"out of memory ({files.short_error(error)}): give a smaller --batch; training also takes "
                 f"--accumulate N, which computes the batch in N parts, and --recompute")
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'a file'}: {error.strerror}; make room, or give another place"
+    if isinstance(error, OSError) and (error.filename or error.errno in DISK_FULL):
+        return f"{error.filename or 'the disk'}: {error.strerror}; make room, or give another place"
     return None
 
 
@@ -157,16 +159,12 @@ class Parser(argparse.ArgumentParser):
 
 def number(low=0.0, high=math.inf, above=-math.inf):
     """Return an argparse type: a finite number from low to high, and above `above`."""
-    def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and value > above and math.isfinite(value)):
-            limits = f"above {above:g}" if math.isfinite(above) else f"from {low:g} to {high:g}"
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number {limits}")
+    def number(text):  # argparse names it where float() fails
+        value = float(text)
+        if not (low <= value <= high and above < value < math.inf):
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {max(low, above):g} to {high:g}")
         return value
-    return parse
+    return number
 
 
 def whole(low):
@@ -564,22 +562,15 @@ class Run:
         self.sums = self.sums + torch.cat([torch.where(skipped, 0, new), skipped[None].float()])
         self.count += 1
         self.skipped_in_a_row = torch.where(skipped, self.skipped_in_a_row + 1, 0)
-        if skipped.device.type == "cpu" or step % MAX_SKIPPED == 0:  # the host waits for a GPU to read it
-            self.check_skipped(step)
+        # The host waits for a GPU to read it.
+        if (skipped.device.type == "cpu" or step % MAX_SKIPPED == 0) and self.skipped_in_a_row >= MAX_SKIPPED:
+            raise UserError(f"no finite gradient for {int(self.skipped_in_a_row)} steps, up to step {step}: "
+                            f"stopped; the last good checkpoint, if any, is {self.last}; to resume with other "
+                            f"flags (--clip 1, a lower --lr, --precision fp32) copy it into a new run: "
+                            f"runs/NAME/last.pt, --name NAME")
         if step % self.args.log_every == 0 or step == self.args.steps:
             self.log(step, list(values), new.device)
             self.reset_sums()
-
-    def check_skipped(self, step):
-        """Raise UserError after MAX_SKIPPED steps in a row without a finite gradient."""
-        if self.skipped_in_a_row < MAX_SKIPPED:
-            return
-        good = "no checkpoint was saved yet"
-        if self.last.exists():
-            good = f"the last good checkpoint is {self.last}"
-        raise UserError(f"no finite gradient for {int(self.skipped_in_a_row)} steps, up to step {step}: "
-                        f"stopped; {good}; to resume with other flags (--clip 1, a lower --lr, "
-                        f"--precision fp32) copy it into a new run: runs/NAME/last.pt, --name NAME")
 
     def log(self, step, names, device):
         """Print a progress line and append to log.jsonl: means over the steps that were not skipped."""
@@ -588,19 +579,17 @@ class Run:
         if rank() != 0:
             return
         skipped = round(skipped)
-        good_steps = self.count - skipped
         entry = {}
-        if good_steps:
-            entry = {name: mean / good_steps for name, mean in zip(names, means, strict=True)}
+        if skipped < self.count:
+            entry = {name: mean / (self.count - skipped) for name, mean in zip(names, means, strict=True)}
         rate = self.count * self.args.batch / (time.time() - self.since)
         left = duration((self.args.steps - step) * self.args.batch / rate)
         text = "".join(f"  {name} {value:.4g}" for name, value in entry.items())
         if skipped:
             text += f"  {skipped} skipped"
-        gib = peak_gib(device)
-        say(f"step {step}/{self.args.steps}{text}  {rate:.1f} images/s  {left} left  {gib:.1f} GiB")
+        say(f"step {step}/{self.args.steps}{text}  {rate:.1f} images/s  {left} left  {peak_gib(device):.1f} GiB")
         entry = {"step": step, **entry, "skipped": skipped, "images_per_second": round(rate, 2),
-                 "seconds": round(time.time() - self.start, 1), "gib": round(gib, 2), "corrupt": corrupt}
+                 "seconds": round(time.time() - self.start, 1), "corrupt": corrupt}
         with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 

@@ -215,6 +215,12 @@ def write_images(sit, ae, numbers, out, args, device):
         list(written)
 
 
+def compile_models(sit, ae):
+    """Compile what runs at every step, and the decoder."""
+    runs.compile_blocks(sit)
+    ae.decoder.compile(dynamic=False)
+
+
 def main():
     """Sample: write PNGs, an overview and, with --npz, one file of all images."""
     args = parse_args()
@@ -240,8 +246,7 @@ def main():
     runs.say(f"{args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, shift {args.shift:g}: "
              f"{evaluations(args)} network evaluations (NFE) an image")
     if args.compile:
-        runs.compile_blocks(sit)
-        ae.decoder.compile(dynamic=False)
+        compile_models(sit, ae)
 
     # Samples.
     write_images(sit, ae, numbers, out, args, device)
