@@ -96,7 +96,7 @@ def time_fid(args, device):
     """Time Inception features and their moments, of images of 256 pixels."""
     model = Inception().eval().requires_grad_(False).to(device)
     images = torch.randint(256, (args.batch, 256, 256, 3), dtype=torch.uint8)
-    return time_batches(lambda: fid.moments(inception_features(model, images)["pool3"]), args.batch, device)
+    return time_batches(lambda: fid.moments(inception_features(model, images)["features"]), args.batch, device)
 
 
 def sit_tflops(args):

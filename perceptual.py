@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import files
-from files import UserError
 
 # -- LPIPS (VGG16) -----------------------------------------------------------------------------------------
 
@@ -41,9 +40,8 @@ class LPIPS(nn.Module):
         self.features = nn.Sequential(*layers)
         if vgg:
             weights = files.load_checkpoint(vgg)
-            weights = {k: v for k, v in weights.items() if not k.startswith("classifier.")}
-            with files.reading(vgg, "VGG16"):
-                self.load_state_dict(weights)
+            with files.reading(vgg, "torchvision's VGG16"):
+                self.load_state_dict({k: v for k, v in weights.items() if not k.startswith("classifier.")})
         heads = files.load_npz(Path(__file__).parent / "assets" / "lpips_vgg_heads.npz")
         for i in range(len(self.taps)):
             head = torch.from_numpy(heads[f"lin{i}"]).view(1, -1, 1, 1)
@@ -185,11 +183,10 @@ class Inception(nn.Module):
 def load_inception(path):
     """Load the FID Inception of `pt_inception-2015-12-05-6726825d.pth`, in eval mode on the CPU.
 
-    The classifier (fc.weight and fc.bias) may be absent; then there are features, but no logits. UserError
-    for a missing or damaged file and for any tensor that does not fit.
+    The classifier (fc.weight and fc.bias) may be absent; then there are features, but no logits.
     """
     weights = files.load_checkpoint(path)
-    model = Inception(fc="fc.weight" in weights or "fc.bias" in weights)
+    model = Inception(fc="fc.weight" in weights)
     with files.reading(path, "the FID Inception"):
         model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
@@ -213,9 +210,9 @@ def tf1_resize_matrix(n, size=299):
 def inception_features(model, images, protocol="adm"):
     """Return the float32 features and logits of uint8 images [B, H, W, 3], as a dict.
 
-    pool3 [B, 2048], spatial [B, 2023], logits_unbiased and logits [B, 1008]; the Inception Score takes the
-    logits without bias; both are None if the weights have no `fc`. protocol: "adm" as ADM's evaluator
-    (TensorFlow 1's resize, input (x - 128) / 128) or "pytorch-fid" (half-pixel bilinear, input 2x/255 - 1).
+    features [B, 2048] (pool3), spatial [B, 2023], and if the weights have `fc`, logits [B, 1008] without its
+    bias, which the Inception Score leaves out. protocol: "adm" as ADM's evaluator (TensorFlow 1's resize,
+    input (x - 128) / 128) or "pytorch-fid" (half-pixel bilinear, input 2x/255 - 1).
     """
     device = next(model.parameters()).device
     x = images.to(device, non_blocking=True).permute(0, 3, 1, 2).float()  # [B, 3, H, W]
@@ -225,11 +222,10 @@ def inception_features(model, images, protocol="adm"):
     elif protocol == "pytorch-fid":
         x = 2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) / 255 - 1
     else:
-        raise UserError(f"protocol '{protocol}' is neither adm nor pytorch-fid")
+        raise ValueError(f"protocol '{protocol}' is neither adm nor pytorch-fid")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         pool3, spatial = model(x)
-    out = {"pool3": pool3, "spatial": spatial, "logits_unbiased": None, "logits": None}
+    out = {"features": pool3, "spatial": spatial}
     if model.fc is not None:
-        out["logits_unbiased"] = pool3 @ model.fc.weight.T
-        out["logits"] = out["logits_unbiased"] + model.fc.bias
+        out["logits"] = pool3 @ model.fc.weight.T
     return out

@@ -1,6 +1,5 @@
 """The shipped model."""
 
-import numpy as np
 
 import demo
 from tests.helpers import ROOT, Case, ok, pictures

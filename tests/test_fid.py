@@ -19,7 +19,6 @@ import data
 import fid
 import files
 import shapes
-from files import UserError
 from perceptual import LPIPS
 from tests.helpers import GOLDEN, REAL, Case, image, normal, ok, pictures, run, shell, weights, write_pictures
 
@@ -51,15 +50,17 @@ class Inception(Case):
 
     def test_agrees_with_tensorflow_and_pytorch_fid(self):
         for protocol, output, golden in [
-                ("adm", "pool3", "inception/tf1_resize/pool3"),
-                ("adm", "logits_unbiased", "inception/tf1_resize/logits_unbiased"),
-                ("adm", "logits", "inception/tf1_resize/logits"),
-                ("pytorch-fid", "pool3", "inception/pytorch_resize/pool3")]:
+                ("adm", "features", "inception/tf1_resize/pool3"),
+                ("adm", "logits", "inception/tf1_resize/logits_unbiased"),
+                ("pytorch-fid", "features", "inception/pytorch_resize/pool3")]:
             with self.subTest(golden):
                 answers = fid.inception_features(self.model, self.images, protocol)
                 self.agree(golden, answers[output][:, ::4])
-        logits = fid.inception_features(self.model, self.images)["logits"]
+        logits = fid.inception_features(self.model, self.images)["logits"] + self.model.fc.bias
+        self.agree("inception/tf1_resize/logits", logits[:, ::4])
         self.agree("inception/tf1_resize/softmax_sorted5", logits.softmax(1).topk(5).values)
+        with self.assertRaisesRegex(ValueError, "neither adm nor pytorch-fid"):
+            fid.inception_features(self.model, self.images, "clean-fid")
 
     def test_spatial_features_are_seven_channels_of_mixed_6_conv_with_channels_last(self):
         seen = []
@@ -68,10 +69,6 @@ class Inception(Case):
         self.assertEqual(spatial.shape, (3, 17 * 17 * 7))
         for k, (y, x, channel) in enumerate(itertools.product(range(17), range(17), range(7))):
             self.close(spatial[:, k], seen[0][:, channel, y, x])
-
-    def test_an_unknown_protocol_is_refused(self):
-        with self.assertRaisesRegex(UserError, "neither adm nor pytorch-fid"):
-            fid.inception_features(self.model, self.images, "clean-fid")
 
 
 class Formulas(Case):
@@ -97,19 +94,18 @@ class Formulas(Case):
         known = (mean ** 2).sum() + variances[1].sum()
         self.assertAlmostEqual(fid.frechet_distance(mean, 0 * one, 0 * mean, two), known, delta=1e-9)
 
+    def test_frechet_distance_refuses_what_does_not_fit_or_is_not_finite(self):
+        one = np.eye(4)
+        for mean, covariance in [(one[0, :3], one), (one[0], one[0]), (one[0] * np.nan, one)]:
+            with self.assertRaisesRegex(ValueError, "other features|not finite"):
+                fid.frechet_distance(one[0], one, mean, covariance)
+
     def test_moments_do_not_depend_on_the_batches(self):
         a, _, _ = gaussians()
         batches = torch.from_numpy(a).split(7)
         count, mean, scatter = functools.reduce(fid.merge_moments, map(fid.moments, batches))
         self.close(mean, a.mean(0), 1e-12)
         self.close(scatter / (count - 1), np.cov(a, rowvar=False), 1e-12)
-
-    def test_expected_bias_is_the_distance_of_two_draws_from_one_distribution(self):
-        r = np.random.RandomState(0)
-        scale = np.arange(1, 65) ** -.5
-        x, y = (mean_and_covariance(r.standard_normal((n, 64)) * scale) for n in (1000, 600))
-        bias = fid.expected_bias(np.diag(scale ** 2), (1000, 600))
-        self.assertAlmostEqual(fid.frechet_distance(*x, *y) / bias, 1, delta=0.1)
 
     def test_inception_score(self):
         _, _, logits = gaussians()
@@ -132,8 +128,6 @@ class Formulas(Case):
                 self.close(fid.precision_recall(real, fake, k), known, 1e-6)
         self.assertEqual(fid.precision_recall(a, a), (1, 1))
         self.assertEqual(fid.precision_recall(a, a + 100), (0, 0))
-        with self.assertRaisesRegex(UserError, "more than 3 images, not 600 and 3"):
-            fid.precision_recall(a, a[:3])
 
     def test_kernel_distance(self):
         a, b, _ = gaussians()
@@ -160,46 +154,40 @@ class Formulas(Case):
                 self.agree(golden, measure(a, b), 1e-6, 1e-6)
         self.assertEqual(fid.psnr(a, a).tolist(), [np.inf] * 2)
         self.assertEqual(fid.ssim(a, a).tolist(), [1] * 2)
-        with self.assertRaisesRegex(UserError, "11x11"):
-            fid.ssim(a[:, :10], b[:, :10])
+
+
+class Known(fid.Source):
+    """A measured source with these features."""
+
+    def __init__(self, features, paths=(), **rows):
+        self.name = "known"
+        self.images = features
+        self.paths = paths
+        self.rows = {"features": features, **rows}
+        self.statistics = {"mu": features.mean(0), "sigma": features.T.cov()}
 
 
 class Comparison(Case):
     """fid.compare, of sources with known features."""
 
-    def source(self, features, **more):
-        return {"name": "", "features": features, "mu": features.mean(0), "sigma": features.T.cov(), **more}
-
     def test_precision_is_of_the_samples_and_recall_of_the_reference(self):
         a, b, _ = (torch.from_numpy(x) for x in gaussians())
-        numbers, _ = fid.compare(self.source(a), self.source(b), "FD", CPU)
+        numbers = fid.compare(Known(a), Known(b), "FD", CPU)
         self.assertEqual((numbers["precision"], numbers["recall"]), fid.precision_recall(real=b, fake=a))
         self.assertGreater(abs(numbers["precision"] - numbers["recall"]), 0.01)
 
     def test_inception_score_takes_class_folders_in_turn(self):
-        write_pictures("a/x", 10)
-        write_pictures("a/y", 10, first=20)
-        source = {**fid.open_source("a"), "num": 20, "mu": np.zeros(3), "sigma": np.eye(3)}
+        features = normal(0, 20, 3)
         sure = torch.from_numpy(1000 * np.eye(2)[np.arange(20) // 10])  # x is one class, y the other
-        numbers, missing = fid.compare({**source, "logits": sure}, source, "FID", CPU)
-        self.assertAlmostEqual(numbers["IS"], 2, places=6)
-        self.assertEqual(set(missing), {"sFID", "precision, recall, KID"})
+        for folders, score in [("xy", 2), ("xx", 1)]:
+            fake = Known(features, [f"a/{folders[i // 10]}/{i}.png" for i in range(20)], logits=sure)
+            self.assertAlmostEqual(fid.compare(fake, fake, "FID", CPU)["IS"], score, places=6)
 
-    def test_what_is_missing_is_named_with_its_reason(self):
-        write_pictures("a", 4)
-        bare = {"name": "bare.npz", "mu": np.zeros(3), "sigma": np.eye(3)}
-        few = self.source(normal(0, 3, 3), **fid.open_source("a"))
-        for fake, real, missing in [
-                (bare, few, {"sFID": "no mu_s in bare.npz", "IS": "no images of it",
-                             "precision, recall, KID": "no images in bare.npz"}),
-                (few, few, {"sFID": "no mu_s in a", "IS": "no classifier (fc) in the weights",
-                            "precision, recall, KID": "fewer than 4 images"}),
-                ({**few, "logits": normal(0, 9, 5)}, few, {
-                    "sFID": "no mu_s in a", "IS": "fewer than 10 images",
-                    "precision, recall, KID": "fewer than 4 images"})]:
-            with self.subTest(missing):
-                numbers, named = fid.compare(fake, real, "FID", CPU)
-                self.assertEqual((set(numbers), named), ({"FID"}, missing))
+    def test_what_cannot_be_measured_is_not_a_number(self):
+        few = Known(normal(0, 3, 3), logits=normal(0, 3, 5))
+        numbers = fid.compare(few, few, "FID", CPU)
+        self.assertEqual([key for key in numbers if np.isnan(numbers[key])],
+                         ["sFID", "IS", "precision", "recall", "KID"])
 
 
 class Measured(Case):
@@ -226,8 +214,8 @@ class Command(Measured):
         found = self.number("a --ref b --weights w --workers 0 --save-stats a.npz")
         self.assertRegex(found["out"], r"FID \d.*sFID \d.*IS \d\S* \+- \d.*precision.*recall.*KID.*20 "
                                        rf"images of a against 6 images of b, adm protocol, {fid.INCEPTION}")
-        self.assertRegex(found["err"], "biased upward, here by about")
-        self.assertEqual((found["num"], found["reference_num"], found["not_measured"]), (20, 6, {}))
+        self.assertRegex(found["err"], "biased upward")
+        self.assertEqual((found["num"], found["reference_num"], found["not_measured"]), (20, 6, []))
 
         # The numbers are those of the formulas, in either protocol.
         model = fid.load_inception(f"w/{fid.INCEPTION}")
@@ -235,11 +223,11 @@ class Command(Measured):
         for protocol, numbers in [("adm", found), ("pytorch-fid", other)]:
             with self.subTest(protocol):
                 a, b = (fid.inception_features(model, torch.from_numpy(pictures(x)), protocol) for x in "ab")
-                for name, key in [("FID", "pool3"), ("sFID", "spatial")]:
+                for name, key in [("FID", "features"), ("sFID", "spatial")]:
                     x, y = (mean_and_covariance(answers[key].double().numpy()) for answers in (a, b))
                     self.assertAlmostEqual(numbers[name] / fid.frechet_distance(*x, *y), 1, places=4)
                 self.assertGreater(numbers["IS"], 1.1)
-                self.assertAlmostEqual(numbers["IS"], fid.inception_score(a["logits_unbiased"])[0], places=4)
+                self.assertAlmostEqual(numbers["IS"], fid.inception_score(a["logits"])[0], places=4)
 
         # Saved statistics are what pytorch-fid and ADM's evaluator read, and stand for their images.
         saved = files.load_npz("a.npz")
@@ -248,17 +236,17 @@ class Command(Measured):
         again = self.number("b --ref a.npz --weights w --batch 5")
         for key in ("FID", "sFID"):
             self.assertAlmostEqual(again[key] / found[key], 1, places=5)
-        self.assertIn("no images in a.npz", again["not_measured"]["precision, recall, KID"])
+        self.assertIn("\nnot measured: IS, precision, recall, KID\n", again["out"])
         self.refused("fid b --ref a.npz --weights w --protocol pytorch-fid", "a.npz", "adm protocol")
 
         # So do another program's, which have mu and sigma alone.
         np.savez("foreign.npz", mu=saved["mu"], sigma=saved["sigma"])
-        bare = self.number("a.npz --ref foreign.npz")
-        self.assertIn("no mu_s in foreign.npz", bare["out"])
+        bare = self.number("a.npz --ref foreign.npz --weights w")
+        self.assertEqual(bare["not_measured"], ["sFID", "IS", "precision", "recall", "KID"])
         self.assertLess(bare["FID"], 1e-6)
-        for protocol, warned in [("adm", True), ("pytorch-fid", False)]:
-            err = self.number(f"b --ref foreign.npz --weights w --protocol {protocol}")["err"]
-            self.assertEqual("does not name its protocol" in err, warned, protocol)
+        self.assertIn("foreign.npz does not name its protocol", bare["err"])
+        bare = self.number("b --ref foreign.npz --weights w --protocol pytorch-fid")
+        self.assertNotIn("does not name its protocol", bare["err"])
 
     def test_numbers_do_not_depend_on_batches_workers_processes_or_the_kind_of_file(self):
         write_pictures("a/x", 30)
@@ -280,7 +268,7 @@ class Command(Measured):
 
     def test_images_of_an_npz_stay_on_the_disk(self):
         np.savez("a.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8))
-        self.assertIsInstance(fid.open_source("a.npz")["images"].source, np.memmap)
+        self.assertIsInstance(fid.Source("a.npz").images, np.memmap)
 
     def test_an_output_folder_is_scored_without_its_overview_and_a_missing_image_is_noticed(self):
         ok("sample --steps 1 --num 6")
@@ -295,7 +283,7 @@ class Command(Measured):
         cropped = np.stack([data.crop(data.open_rgb(file), 16) for file in data.list_images("a")])
         Image.open("a/3.png").resize((64, 64), Image.Resampling.NEAREST).save("a/3.png")  # of any size
         for source in ("a", "a.npz"):
-            images = fid.open_source(source, size=16)["images"]
+            images = fid.Source(source, size=16)
             np.testing.assert_array_equal([images[i] for i in range(5)], cropped)
 
     def test_reference_with_statistics_and_images_uses_each_for_what_it_is_for(self):
@@ -347,7 +335,7 @@ class Pairs(Measured):
     def test_all_numbers_of_pairs_in_one_command(self):
         found = self.number("recon --ref val --paired --demo --batch 3 --workers 0")
         self.assertRegex(found["out"], r"\nrFD-demo-encoder \d.*PSNR \d\S* \+- \d.*SSIM \d\S* \+- \d")
-        self.assertEqual(found["not_measured"], {"LPIPS": "--demo downloads nothing"})
+        self.assertNotIn("LPIPS", found)
         for key, measure in [("PSNR", fid.psnr), ("SSIM", fid.ssim)]:
             values = measure(*self.sides)
             self.close((found[key], found[key + "_std"]),
@@ -361,7 +349,7 @@ class Pairs(Measured):
     def test_exact_copies_have_no_finite_psnr(self):
         found = self.number("val --ref val --paired --demo")
         self.assertEqual((found["PSNR"], found["PSNR_std"], found["SSIM"]), (None, None, 1))
-        self.assertIn("PSNR inf +- nan", found["out"])
+        self.assertIn("PSNR inf  SSIM 1 +- 0", found["out"])
 
     def test_arrays_are_paired_by_index(self):
         for name, side in zip(("x.npz", "y.npz"), self.sides):
@@ -370,21 +358,21 @@ class Pairs(Measured):
         self.assertAlmostEqual(found["PSNR"], fid.psnr(*self.sides).mean().item(), places=6)
         np.savez("y.npz", arr_0=self.sides[1][:7].numpy())
         self.refused("fid x.npz --ref y.npz --paired --demo",
-                     "8 images of 32x32 pixels in x.npz but 7 images of 32x32 pixels in y.npz", "--size N")
+                     "8 images of x.npz", "7 images of y.npz", "in one alone: ['7']")
 
     def test_files_are_paired_by_path_without_suffix(self):
         paired = "fid recon --ref val --paired --demo"
         os.rename("recon/a/0.bmp", "recon/a/zero.bmp")
-        self.refused(paired, "recon/a/zero.bmp", "counterpart", "2 in all")
+        self.refused(paired, "in one alone: ['a/0', 'a/zero']")
         os.remove("recon/a/zero.bmp")
-        self.refused(paired, "val/a/0.png", "counterpart")
-        found = self.number("recon --ref val --paired --demo --num 4")  # with --num originals may be left
+        self.refused(paired, "in one alone: ['a/0']")
+        os.remove("val/a/0.png")
+        found = self.number("recon --ref val --paired --demo --num 4")  # of both
         self.assertEqual((found["num"], found["reference_num"]), (4, 4))
-        chosen = [1, 2, 3, 4]
-        self.assertAlmostEqual(found["PSNR"], fid.psnr(*[side[chosen] for side in self.sides]).mean().item(),
+        self.assertAlmostEqual(found["PSNR"], fid.psnr(*[side[1:5] for side in self.sides]).mean().item(),
                                places=6)
         shutil.copy("recon/a/1.bmp", "recon/a/1.png")
-        self.refused(paired, "recon/a/1.bmp", "recon/a/1.png", "rename")
+        self.refused(paired, "8 images of recon", "7 images of val")
 
 
 class Refused(Case):
@@ -396,55 +384,39 @@ class Refused(Case):
         write_pictures("one", 1)
         write_pictures("mixed", 3)
         write_pictures("bad/a", 2)
-        os.makedirs("empty")
         Image.open("mixed/1.png").resize((40, 36)).save("mixed/1.png")
         Path("bad/a/1.png").write_bytes(Path("bad/a/0.png").read_bytes()[:100])
-        mean = np.zeros(8)
-        covariance = np.eye(8)
-        np.savez("half.npz", mu=mean)
-        np.savez("nan.npz", mu=mean * np.nan, sigma=covariance)
-        np.savez("negative.npz", mu=mean, sigma=-covariance)
-        np.savez("flat.npz", mu=mean, sigma=mean)
-        np.savez("eight.npz", mu=mean, sigma=covariance)
+        np.savez("half.npz", mu=np.zeros(8))
+        np.savez("eight.npz", mu=np.zeros(8), sigma=np.eye(8))
         np.savez("float.npz", arr_0=np.zeros((4, 8, 8, 3)))
-        Path("cut.npz").write_bytes(Path("eight.npz").read_bytes()[:300])
         Path("text.npz").write_text("not an archive")
 
     def test_sources(self):
         for samples, *words in [
-                ("one", "one", "at least 2"),
-                ("empty", "empty", "at least 2"),
-                ("nowhere", "nowhere", "no folder"),
-                ("good --num 5", "good", "4 images", "--num 5"),
-                ("mixed --workers 0", "mixed/1.png", "40x36", "mixed/0.png", "32x32", "--size"),
-                ("mixed --workers 2", "mixed/1.png", "40x36", "mixed/0.png", "32x32", "--size"),
+                ("one", "one: 1 images", "at least 2"),
+                ("nowhere", "nowhere: not a folder of images or an .npz"),
+                ("good --num 5", "good: 4 images", "at least 5"),
+                ("mixed --workers 2", "mixed/1.png and mixed/0.png differ in size", "--size"),
                 ("bad --workers 0", "bad/a/1.png", "not a readable image"),
-                ("bad --workers 2", "bad/a/1.png", "not a readable image"),
-                ("half.npz", "half.npz", "neither"),
-                ("nan.npz", "nan.npz", "not finite"),
-                ("negative.npz", "negative.npz", "sigma"),
-                ("flat.npz", "flat.npz", "sigma"),
+                ("half.npz", "half.npz: 0 images"),
                 ("float.npz", "float.npz", "uint8"),
-                ("cut.npz", "cut.npz"),
-                ("text.npz", "text.npz"),
-                ("eight.npz --num 3", "eight.npz", "--num 3")]:
+                ("text.npz", "text.npz: not a folder of images or an .npz"),
+                ("eight.npz", "eight.npz", "good", "other features"),
+                ("eight.npz --num 3", "eight.npz: 0 images", "at least 3"),
+                ("eight.npz --save-stats ./good/../eight.npz", "eight.npz is measured")]:
             self.refused(f"fid {samples} --ref good --demo", *words)
         self.refused("fid good --ref nowhere.npz --demo", "nowhere.npz")
 
     def test_flags(self):
         for flags, *words in [
-                ("--demo --batch 0", "--batch"),
-                ("--demo --protocol tf", "--protocol"),
                 ("--demo --protocol pytorch-fid", "--protocol", "--demo"),
-                ("--demo --features x.pth", "--features", "--demo"),
                 ("--features x.pth --protocol pytorch-fid --ref good", "--features", "--protocol"),
-                ("--demo --json no/x.json", "--json: 'no/x.json': no such folder"),
-                ("--demo --save-stats no/x.npz", "--save-stats: 'no/x.npz': no such folder"),
-                ("--demo --paired", "--paired", "--ref"),
+                ("--demo --json no/x.json", "--json", "'no/x.json'", "no folder"),
+                ("--demo --save-stats good", "--save-stats: 'good': is a folder"),
+                ("--demo --paired", "--paired", "good", "shapes://val"),
                 ("--paired", "--paired", "--ref"),
                 ("--features x.pth", "--features", "--ref"),
-                ("--demo --paired --ref eight.npz", "--paired", "statistics"),
-                (f"--features {shapes.DEMO_PT} --ref eight.npz", "eight.npz", "--features")]:
+                ("--demo --paired --ref eight.npz", "--paired", "good", "eight.npz")]:
             self.refused(f"fid good {flags}", *words)
 
     def test_missing_weights_when_there_is_no_network(self):
@@ -454,20 +426,9 @@ class Refused(Case):
                     ("fid good --save-stats x.npz --weights .", fid.INCEPTION, "https://", "--weights")]:
                 self.refused(command, *words)
 
-    def test_a_file_that_cannot_be_written_is_named(self):
-        for flag in ("--json", "--save-stats"):
-            code, _, err = run(f"fid good --demo --workers 0 {flag} empty")  # a folder
-            self.assertEqual(code, 2)
-            self.assertRegex(err, r"^error: argument --.*: 'empty': is a folder")  # before it is measured
-
-    def test_features_that_do_not_fit_or_are_not_finite(self):
-        code, _, err = run("fid good --ref eight.npz --demo --workers 0")
-        self.assertEqual(code, 2)
-        self.assertRegex(err, r"^error: good against eight.npz: .*\(8,\)")
+    def test_features_that_are_not_finite(self):
         with mock.patch("svg.Encoder.forward", lambda *_, **__: torch.full((4, 1, 8), torch.nan)):
-            code, _, err = run("fid good --demo --workers 0")
-        self.assertEqual(code, 2)
-        self.assertRegex(err, r"^error: good: features are not finite")
+            self.refused("fid good --demo --workers 0", "good: features are not finite")
 
 
 @unittest.skipUnless(REAL.is_dir(), "real weights are not here")
@@ -484,8 +445,8 @@ class RealWeights(Case):
         self.assertLess(lpips(a, noisy).item(), lpips(a, b).item())
         inception = fid.load_inception(REAL / "weights" / fid.INCEPTION)
         answers = fid.inception_features(inception, to_uint8(a))
-        self.assertEqual((answers["pool3"].shape, answers["logits"]), ((1, 2048), None))
-        self.assertGreater(answers["pool3"].mean(), 0.1)
+        self.assertEqual((answers["features"].shape, "logits" in answers), ((1, 2048), False))
+        self.assertGreater(answers["features"].mean(), 0.1)
 
     def test_dinov2_distance_and_lpips_of_real_files(self):
         os.makedirs("val/a")
@@ -502,7 +463,7 @@ class RealWeights(Case):
         self.assertEqual(code, 0, err)
         self.assertRegex(out, r"rFID .*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
         found = json.loads(Path("out.json").read_text())
-        self.assertEqual(found["not_measured"], {})
+        self.assertEqual(found["not_measured"], [])
         lpips = LPIPS(REAL / "weights/vgg16-397923af.pth")
         one_by_one = []
         for i in range(12):
