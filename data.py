@@ -102,24 +102,25 @@ class ImageFolder(torch.utils.data.Dataset):
         self.size = size
         self.random_crop = random_crop
         self.seed = seed
-        start = len(os.path.join(root, ""))  # of the path below it
-        paths = [path[start:] for path in list_images(root)]
-        nested = [path for path in paths if os.path.sep in path]
-        self.classes = [os.path.basename(os.path.realpath(root))]
-        if nested and not flat:
-            if len(nested) < len(paths) and runs.rank() == 0:
-                loose = next(path for path in paths if os.path.sep not in path)
-                warnings.warn(f"{self.root}: {len(paths) - len(nested)} images beside the class folders are "
+        start = len(os.path.join(root, ""))
+        below = [path[start:].split(os.path.sep) for path in list_images(root)]
+        nested = sorted((parts for parts in below if len(parts) > 1), key=lambda parts: parts[0])  # stable
+        self.classes = sorted({parts[0] for parts in nested})
+        if flat or not nested:
+            self.classes = [os.path.basename(os.path.realpath(root))]
+            self.labels = np.zeros(len(below), int)
+        else:
+            if len(nested) < len(below) and runs.rank() == 0:
+                loose = next(parts[0] for parts in below if len(parts) == 1)
+                warnings.warn(f"{self.root}: {len(below) - len(nested)} images beside the class folders are "
                               f"left out, such as {loose}")
-            paths = sorted(nested, key=lambda path: (path.split(os.path.sep)[0], path))
-            self.classes = sorted({path.split(os.path.sep)[0] for path in paths})
-        if not paths:
+            below = nested
+            self.labels = np.searchsorted(self.classes, [parts[0] for parts in below])
+        if not below:
             raise UserError(f"--data {root}: no images, in class folders (root/class/image.jpg) or loose, "
                             f"and not a packed set")
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([number.get(path.split(os.path.sep)[0], 0) for path in paths])
         # Bytes, not a list of str: workers share an array, copies of a list would grow with every epoch.
-        self.names = np.array([os.fsencode(path) for path in paths])
+        self.names = np.array([os.fsencode(os.path.join(*parts)) for parts in below])
         self[0, 0]  # refuses a folder of corrupt images here, and not in a worker
 
     def __len__(self):
@@ -213,9 +214,17 @@ def batches_of(dataset, items, workers, pin=False):
         prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals)
 
 
-def batch_size(batch):
-    """Return the number of images of a batch of a DataLoader: images, labels, ..."""
-    return len(batch[0])
+def in_batches(dataset, indices, batch, workers, what):
+    """Yield a process's share of a dataset, the list `indices`, in batches, with a progress line.
+
+    A batch is its indices, uint8 images [b, H, W, 3], labels [b], indices of corrupt files or -1 [b].
+    """
+    parts = [indices[i:i + batch] for i in range(0, len(indices), batch)]
+    loader = batches_of(dataset, [[(i, 0) for i in part] for part in parts], workers)
+    total = len(indices) * runs.world_size()
+    loader = runs.progress(loader, what, total, lambda batch: len(batch[0]))
+    for part, (images, labels, corrupt) in zip(parts, loader, strict=True):
+        yield part, images, labels, corrupt
 
 
 class Stream:
@@ -255,9 +264,7 @@ def spread_batches(dataset, count, batch, workers, device):
     """Yield this rank's share of `count` images spread over the dataset: float [b, 3, H, W] in [-1, 1]."""
     indices = np.linspace(0, len(dataset), min(count, len(dataset)), endpoint=False).astype(int)
     indices = indices[runs.rank()::runs.world_size()].tolist()
-    chunks = [[(i, 0) for i in indices[j:j + batch]] for j in range(0, len(indices), batch)]
-    batches = batches_of(dataset, chunks, workers)
-    for images, _, _ in runs.progress(batches, "measuring the latents", min(count, len(dataset)), batch_size):
+    for _, images, _, _ in in_batches(dataset, indices, batch, workers, "measuring the latents"):
         yield to_float(images, device)
 
 
@@ -276,11 +283,8 @@ class Latents(torch.utils.data.Dataset):
         count = len(dataset)
         self.latents = torch.zeros(count, 2, ae.grid ** 2, ae.channels, dtype=torch.float16)
         self.corrupt = torch.zeros(count, dtype=torch.int64)
-        chunks = [[(i, 0) for i in range(start, min(start + batch, count))] for start in range(0, count, batch)]
-        chunks = chunks[runs.rank()::runs.world_size()]
-        loaded = runs.progress(batches_of(dataset, chunks, workers), "encoding", count, batch_size)
-        for items, (images, _, corrupt) in zip(chunks, loaded, strict=True):
-            rows = slice(items[0][0], items[-1][0] + 1)
+        mine = list(range(count))[runs.rank()::runs.world_size()]
+        for rows, images, _, corrupt in in_batches(dataset, mine, batch, workers, "encoding"):
             images = to_float(images, device)
             with torch.no_grad():
                 both = torch.stack([ae.encode(images), ae.encode(images.flip(-1))], 1)
@@ -308,8 +312,7 @@ class Latents(torch.utils.data.Dataset):
 def pack(src, dst, size, workers=0):
     """Decode and centre-crop an image tree `src` once, to `dst`, which appears when it is whole.
 
-    Writes images.npy (uint8 [N, size, size, 3]), labels.npy and classes.json. Returns the number of images
-    and the names of the corrupt ones, which are left out.
+    Writes images.npy (uint8 [N, size, size, 3]), labels.npy and classes.json. Corrupt images are left out.
     """
     dst = Path(dst)
     if dst.exists():
@@ -328,29 +331,28 @@ def pack(src, dst, size, workers=0):
         part.rename(dst)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return len(labels), [dataset.name(i) for i in corrupt]
+    for i in corrupt:
+        warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
+    print(f"{len(labels)} images in {dst}, {len(corrupt)} corrupt ones left out")
 
 
 def write_images(path, dataset, workers):
     """Write the readable images of a dataset as .npy; return the indices of the others."""
-    chunks = [[(i, 0) for i in range(start, min(start + 64, len(dataset)))]
-              for start in range(0, len(dataset), 64)]
-    batches = batches_of(dataset, chunks, workers)
-    corrupt_ones = []
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(dataset), dataset.size, dataset.size, 3)}
+    left_out = []
     with open(path, "wb") as file:
-        shape = (len(dataset), dataset.size, dataset.size, 3)
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
-        for images, _, corrupt in runs.progress(batches, "packing", len(dataset), batch_size):
+        for _, images, _, corrupt in in_batches(dataset, range(len(dataset)), 64, workers, "packing"):
             file.write(images[corrupt < 0].numpy().tobytes())
-            corrupt_ones += corrupt[corrupt >= 0].tolist()
+            left_out += corrupt[corrupt >= 0].tolist()
         # Their number is known now; NumPy's headers leave room for any.
+        header["shape"] = (len(dataset) - len(left_out), *header["shape"][1:])
         file.seek(0)
-        header["shape"] = (len(dataset) - len(corrupt_ones), *shape[1:])
         np.lib.format.write_array_header_1_0(file, header)
         assert file.tell() == start
-    return corrupt_ones
+        os.fsync(file.fileno())
+    return left_out
 
 
 def main():
@@ -364,10 +366,7 @@ def main():
     add("--size", type=runs.positive, default=256, help="pixels per side, cropped the ADM way")
     add("--workers", type=runs.not_negative, default=os.cpu_count(), help="decoding processes")
     args = parser.parse_args()
-    count, corrupt = pack(args.src, args.dst, args.size, args.workers)
-    for name in corrupt:
-        warnings.warn(f"{name}: not a readable image, left out")
-    print(f"{count} images in {args.dst}, {len(corrupt)} corrupt ones left out")
+    pack(args.src, args.dst, args.size, args.workers)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Each takes --help. Each writes its pictures into a folder, with a record (record
 (overview/) in it.
 """
 import argparse
+import collections
 import itertools
 import os
 import warnings
@@ -30,9 +31,10 @@ from sample import (
     add_model_flags,
     add_sampler_flags,
     class_numbers,
+    describe_sampler,
     find_models,
+    fingerprints,
     images_of,
-    model_record,
     newest_run,
     to_pictures,
 )
@@ -40,46 +42,35 @@ from sample import (
 # -- Reconstruction ----------------------------------------------------------------------------------------
 
 
-def target_names(dataset):
-    """Return the PNG to write for each image of a folder: the same path below it, but for the suffix."""
-    targets = [os.path.splitext(os.fsdecode(name))[0] + ".png" for name in dataset.names]
-    first = {}
-    for i, target in enumerate(targets):
-        if first.setdefault(target, i) != i:
-            raise UserError(f"{dataset.name(first[target])} and {dataset.name(i)} would both become "
-                            f"{target}: rename one")
-    return targets
-
-
 def reconstruct(args, device):
     """Encode and decode each image of a folder, cropped the ADM way; same names, as PNG."""
     path = args.ae or newest_run("autoencoder", args)
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
     dataset = data.ImageFolder(args.folder, ae.image_size, flat=True)
-    targets = target_names(dataset)
+    targets = [os.path.splitext(os.fsdecode(name))[0] + ".png" for name in dataset.names]
+    [(twice, count)] = collections.Counter(targets).most_common(1)
+    if count > 1:
+        raise UserError(f"{args.folder}: {count} images, of different suffix, would become {twice}: rename one")
     out = Path(args.out)
     if Path(args.folder).resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"--out {out} lies in {args.folder}, whose images are reconstructed: give another --out")
     overview = f"{files.OVERVIEW}/reconstructions.png"
-    runs.claim_folder(args, {"reconstruct": args.folder, "autoencoder": ae.fingerprint,
-                             "precision": args.precision}, [*targets, overview])
+    runs.claim_folder(args, [*targets, overview], {"autoencoder": ae.fingerprint})
     runs.say_start(device, args.precision, f"{args.folder}: {len(dataset):,} images",
                    runs.millions(autoencoder=ae), f"writes {out}/")
 
     # This rank's share of the images.
     mine = range(len(targets))[runs.rank()::runs.world_size()]
-    items = [[(i, 0) for i in mine[j:j + args.batch]] for j in range(0, len(mine), args.batch)]
-    batches = data.batches_of(dataset, items, args.workers)
-    batches = runs.progress(batches, "reconstructing", len(targets), data.batch_size)
+    batches = data.in_batches(dataset, mine, args.batch, args.workers, "reconstructing")
     written = ()
     with ThreadPoolExecutor(8) as pool:  # Pillow compresses outside of Python's lock
-        for chunk, (images, _, corrupt) in zip(items, batches, strict=True):
+        for indices, images, _, corrupt in batches:
             with torch.no_grad(), runs.autocast(device, args.precision):
                 images = data.to_uint8(ae.decode(ae.encode(data.to_float(images, device))))
             for i in set(corrupt.tolist()) - {-1}:
                 warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
             good = (corrupt < 0).tolist()
-            paths = [out / targets[i] for i, _ in itertools.compress(chunk, good)]
+            paths = [out / targets[i] for i in itertools.compress(indices, good)]
             list(written)  # the batch before: its errors are raised here
             written = pool.map(files.save_image, paths, images[good])
         list(written)
@@ -88,13 +79,13 @@ def reconstruct(args, device):
         return
 
     # Overview.
-    written = [i for i, target in enumerate(targets) if (out / target).exists()]
-    shown = [written[i] for i in np.linspace(0, len(written) - 1, min(10, len(written))).astype(int)]
+    done = [i for i, target in enumerate(targets) if (out / target).exists()]
+    shown = done[::max(1, len(done) // 10)][:10]
     pairs = [dataset[i, 0][0] for i in shown]
     pairs += [np.asarray(Image.open(out / targets[i])) for i in shown]
     title = f"originals, reconstructions by {path}"
     files.save_image(out / overview, figures.grid_image(np.stack(pairs), len(shown), title=title))
-    print(f"{len(written)} images reconstructed by {path} in {out}/, overview in {out}/{overview}")
+    print(f"{len(done)} images reconstructed by {path} in {out}/, overview in {out}/{overview}")
 
 
 # -- Redrawing a part of a picture (paper, appendix C) -----------------------------------------------------
@@ -174,9 +165,7 @@ def redraw(args, device):
     out = Path(args.out)
     result = f"{Path(args.photo).stem}.png"
     overview = f"{files.OVERVIEW}/{result}"
-    runs.claim_folder(args, {**model_record(sit, ae, args), "redraw": args.photo, "seed": args.seed,
-                             "box": args.box, "outside": args.outside, "t_edit": args.t_edit,
-                             "classes": args.classes}, [result, overview])
+    runs.claim_folder(args, [result, overview], fingerprints(sit, ae))
     runs.say_start(device, args.precision, f"{args.photo}, {photo.width} x {photo.height} pixels",
                    runs.millions(SiT=sit, autoencoder=ae), f"writes {out}/")
     original = data.crop(photo, ae.image_size)
@@ -222,29 +211,26 @@ def interpolate(args, device):
     sit, ae, path = find_models(args, device)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     out = Path(args.out)
-    names = {kind: [f"{kind}-{i:06d}.png" for i in range(args.frames)] for kind in args.kind}
-    strips = {kind: f"{files.OVERVIEW}/{kind}.png" for kind in args.kind}
-    runs.claim_folder(args, {**model_record(sit, ae, args), "interpolate": args.kind, "seeds": args.seeds,
-                             "frames": args.frames, "classes": args.classes},
-                      [*itertools.chain(*names.values()), *strips.values()])
+    names = [f"{kind}-{i:06d}.png" for kind in args.kind for i in range(args.frames)]
+    overviews = [f"{files.OVERVIEW}/{kind}.png" for kind in args.kind]
+    sampler = describe_sampler(args)
+    runs.claim_folder(args, [*names, *overviews], fingerprints(sit, ae))
     runs.say_start(device, args.precision, str(path), runs.millions(SiT=sit, decoder=ae.decoder),
                    f"writes {out}/")
     a, b = (svg.sample_noise(seed, [0], (sit.grid ** 2, sit.channels))[0] for seed in args.seeds)
     weights = torch.linspace(0, 1, args.frames)
-    labels = [f"{w:.2f}" for w in weights]
-    labels[-1] = f"seed {args.seeds[1]}"
-    labels[0] = f"seed {args.seeds[0]}"
+    labels = [f"{w:.2f} of seed {args.seeds[1]}" for w in weights]
     for kind in args.kind:
         noise = interpolate_noise(a, b, weights, kind).to(device)
         frames = np.concatenate([images_of(sit, ae, part, y.expand(len(part)), args)
                                  for part in noise.split(args.batch)])
         if runs.rank() == 0:
-            for name, frame in zip(names[kind], frames, strict=True):
-                files.save_image(out / name, frame)
-            title = (f"{kind}, class {args.classes[0]}: {args.steps} {args.sampler.title()} steps, guidance "
-                     f"{args.guidance:g}")
-            files.save_image(out / strips[kind], figures.grid_image(frames, len(frames), labels, title))
-            print(f"{out}/{kind}-*.png and {out}/{strips[kind]}, by {path}")
+            for i, frame in enumerate(frames):
+                files.save_image(out / f"{kind}-{i:06d}.png", frame)
+            title = f"{kind}, class {args.classes[0]}: {sampler}"
+            strip = figures.grid_image(frames, len(frames), labels, title)
+            files.save_image(out / files.OVERVIEW / f"{kind}.png", strip)
+    runs.say(f"{out}/, by {path}")
 
 
 # -- The command -------------------------------------------------------------------------------------------
@@ -257,11 +243,6 @@ def box(text):
     return values
 
 
-def add_class_flag(add):
-    """Add --class, one class."""
-    add("--class", dest="classes", nargs=1, required=True, help="number or name of the class")
-
-
 def parse_args():
     """Parse the command line."""
     parser = runs.Parser(__doc__)
@@ -271,12 +252,10 @@ def parse_args():
         command = commands.add_parser(function.__name__, doc=function.__doc__)
         command.set_defaults(function=function)
         runs.add_output_flags(command, out)
-        add = command.add_argument
-        add("--precision", choices=("fp32", "tf32", "bf16"), help="of the models' arithmetic",
-            default="bf16" if torch.cuda.is_available() else "fp32")
-        return command
+        runs.add_precision_flag(command)
+        return command.add_argument
 
-    add = add_command(reconstruct, "reconstructions").add_argument
+    add = add_command(reconstruct, "reconstructions")
     add("folder", help="folder of images, of any depth")
     add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
     add("--ae", help="autoencoder checkpoint, SVG's or a VAE's (default: the newest run, else demo.pt)")
@@ -285,21 +264,19 @@ def parse_args():
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),
         help="data loading processes per process; 0: this one loads")
 
-    command = add_command(redraw, "edit")
-    command.set_defaults(zero_init=False, sampler="euler")
-    add = command.add_argument
+    add = add_command(redraw, "edit")
     add("photo", help="the picture")
     add("--box", type=box, required=True, metavar="X0,Y0,X1,Y1", help="what to redraw, in its pixels")
     add("--outside", action="store_true", help="redraw all but the box")
-    add_class_flag(add)
+    add("--class", dest="classes", nargs=1, required=True, help="number or name of the class")
     add("--t-edit", type=runs.number(0, 0.99), default=0.2,
         help="how far the flow is inverted, of 1 (data) to 0 (noise); lower changes more")
     add("--seed", type=runs.not_negative, default=0, help="seed of the new noise")
     add_flow_flags(add, steps=100, shift=0.4)  # paper, appendix C
     add_model_flags(add)
 
-    add = add_command(interpolate, "interpolation").add_argument
-    add_class_flag(add)
+    add = add_command(interpolate, "interpolation")
+    add("--class", dest="classes", nargs=1, required=True, help="number or name of the class")
     add("--seeds", type=runs.not_negative, nargs=2, required=True, metavar=("A", "B"), help="both ends")
     add("--frames", type=runs.positive, default=8, help="pictures, both ends included")
     add("--kind", nargs="+", choices=("slerp", "lerp"), default=["slerp", "lerp"],

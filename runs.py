@@ -229,12 +229,17 @@ def add_training_flags(parser, name, batch, lr, steps):
 
 
 def add_speed_flags(parser):
-    """Add the flags that training, sampling and scoring share."""
-    cuda = torch.cuda.is_available()
-    add = parser.add_argument
-    add("--precision", choices=("fp32", "tf32", "bf16"), default="bf16" if cuda else "fp32",
+    """Add the flags that training and sampling share."""
+    add_precision_flag(parser)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile",
+                        default=torch.cuda.is_available())
+
+
+def add_precision_flag(parser):
+    """Add --precision."""
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the models' arithmetic; weights, losses, statistics and the sampler's state are fp32")
-    add("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="use torch.compile")
 
 
 # -- A training step ---------------------------------------------------------------------------------------
@@ -382,15 +387,22 @@ def progress(batches, what, total, count=len):
 
 # -- Folders that a program writes -------------------------------------------------------------------------
 
-def claim_folder(args, settings, names):
+# Flags that do not decide what pictures show: where things lie, and speed.
+PLACE_FLAGS = {"function", "default_out", "out", "overwrite", "npz", "export", "weights", "demo", "ckpt", "ae",
+               "any_ae", "latent_stats", "batch", "workers", "compile"}
+
+
+def claim_folder(args, names, models):
     """Make the folder --out this program's: remove what an earlier run wrote there, and write a new record.
 
-    settings: what decides the pictures. names: the files to write, as paths below the folder. The record
-    lists them; nothing else is ever removed. Raises UserError for a folder that holds anything else, so that
-    no FID mixes two sources, and for another run's pictures outside of the default folder, without
-    --overwrite. Hidden files are left alone.
+    names: the files to write, as paths below the folder; models: fingerprints, which with the other flags
+    decide what they show. Only what the record lists is ever removed. Raises UserError for a folder that
+    holds anything else, so that no FID mixes two sources, and for another run's pictures outside of the
+    default folder, without --overwrite. Hidden files are left alone.
     """
     out = Path(args.out)
+    settings = {name: value for name, value in vars(args).items() if name not in PLACE_FLAGS}
+    settings = json.loads(json.dumps({**settings, **models}, default=str))
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         record = files.read_record(out)
@@ -402,7 +414,6 @@ def claim_folder(args, settings, names):
         if found - written:
             raise UserError(f"--out {out} holds {min(found - written)}, which is not of this program: give "
                             f"another --out, or move it away")
-        settings = json.loads(json.dumps(settings, default=str))
         if record and record["settings"] != settings and not (args.overwrite or args.out == args.default_out):
             raise UserError(f"--out {out} already holds a different run of {len(written)} files: give "
                             f"another --out, or --overwrite")

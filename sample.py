@@ -59,12 +59,17 @@ def add_sampler_flags(add):
 
 
 def flow_settings(args):
-    """Return the flags as arguments of the samplers; UserError for an empty interval."""
+    """Return the flags as arguments of the samplers."""
+    return {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "zero_init": args.zero_init,
+            "guidance_interval": args.guidance_interval}
+
+
+def describe_sampler(args):
+    """Return "25 Euler steps, guidance 4, shift 0.15"; UserError for an empty interval."""
     start, end = args.guidance_interval
     if start > end:
         raise UserError(f"--guidance-interval {start:g} {end:g}: it ends before it starts")
-    return {"steps": args.steps, "guidance": args.guidance, "shift": args.shift, "zero_init": args.zero_init,
-            "guidance_interval": (start, end)}
+    return f"{args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, shift {args.shift:g}"
 
 
 def evaluations(args):
@@ -130,13 +135,12 @@ def class_numbers(names, sit):
     return numbers
 
 
-def model_record(sit, ae, args):
-    """Return what decides the pictures besides a command's own flags, for the record beside them."""
+def fingerprints(sit, ae):
+    """Return what identifies the models of some pictures, for the record beside them."""
     return {"step": sit.meta.get("step"),
             "transformer": sit.meta.get("fingerprint") or files.fingerprint(sit.state_dict()),
             "statistics": files.fingerprint({"mean": sit.latent_mean, "std": sit.latent_std}),
-            "autoencoder": ae.fingerprint, "precision": args.precision, "sampler": args.sampler,
-            **flow_settings(args)}
+            "autoencoder": ae.fingerprint}
 
 
 # -- Sampling ----------------------------------------------------------------------------------------------
@@ -236,15 +240,14 @@ def main():
         return
     numbers = class_numbers(args.classes, sit)
     out = Path(args.out)
-    asked = {"num": args.num, "classes": args.classes, "labels": args.labels, "seed": args.seed}
+    sampler = describe_sampler(args)
     names = [f"{i:06d}.png" for i in range(args.num)]
     overview = f"{files.OVERVIEW}/samples.png"
-    runs.claim_folder(args, {**model_record(sit, ae, args), **asked}, [*names, overview])
+    runs.claim_folder(args, [*names, overview], fingerprints(sit, ae))
     name = "the shipped demo.pt" if Path(path) == shapes.DEMO_PT else path
     runs.say_start(device, args.precision, str(name), runs.millions(SiT=sit, decoder=ae.decoder),
                    f"writes {args.num} images to {out}/")
-    runs.say(f"{args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, shift {args.shift:g}: "
-             f"{evaluations(args)} network evaluations (NFE) an image")
+    runs.say(f"{sampler}: {evaluations(args)} network evaluations (NFE) an image")
     if args.compile:
         compile_models(sit, ae)
 
@@ -258,7 +261,7 @@ def main():
     shown = np.stack([np.asarray(Image.open(out / name)) for name in names[:80]])
     labels = [label_of(i, numbers, args) for i in range(len(shown))]
     classes = sit.meta.get("classes", range(sit.num_classes))
-    title = f"{name}: {args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, seed {args.seed}"
+    title = f"{name}: {sampler}, seed {args.seed}"
     files.save_image(out / overview, figures.grid_image(shown, 10, [classes[i] for i in labels], title))
     results = f"{out}/ and {out}/{overview}"
     if args.npz:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
 import data
 import figures
@@ -35,18 +36,6 @@ ALIGNMENT_IMAGES = 2048  # that measure the alignment statistics at each save
 # -- Discriminator -----------------------------------------------------------------------------------------
 
 
-class AllReduce(torch.autograd.Function):
-    """The sum over all ranks, and in the backward pass the sum of their gradients."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return runs.all_reduce(x.clone())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return AllReduce.forward(ctx, gradient)
-
-
 class BatchNorm2d(nn.BatchNorm2d):
     """BatchNorm over the batches of all ranks, as if they were one; unlike SyncBatchNorm on CPUs too."""
 
@@ -56,7 +45,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         n = runs.world_size() * x.numel() / x.shape[1]
         var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
         moments = torch.stack([mean, var + mean.square()]) / runs.world_size()
-        mean, square = AllReduce.apply(moments)
+        mean, square = all_reduce_with_gradient(moments)
         var = (square - mean.square()).clamp(min=0)
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)

@@ -119,7 +119,7 @@ class PackedData(Case):
         Path("tree/a/4.jpg").write_bytes(b"no picture")
         code, out, err = run("data pack tree/ packed/ --size 32 --workers 2")
         self.assertEqual((code, err), (0, "warning: tree/a/4.jpg: not a readable image, left out\n"))
-        self.assertIn("39 images in packed/, 1 corrupt", out)
+        self.assertIn("39 images in packed, 1 corrupt", out)
         self.assertEqual(sorted(os.listdir("packed")), ["classes.json", "images.npy", "labels.npy"])
         os.remove("tree/a/4.jpg")
         tree, packed = data.open_data("tree", 32), data.open_data("packed", 32)
