@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import files
@@ -30,7 +29,6 @@ import train_dit
 from perceptual import LPIPS, Inception, inception_features
 
 PROGRAMS = {"train_ae": train_ae, "train_dit": train_dit, "sample": sample, "fid": fid}
-PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H200": 989, "A100-SXM": 312}  # dense, bf16, by the datasheets
 ENCODER = "dinov3_vits16plus"
 
 
@@ -99,16 +97,6 @@ def time_fid(args, device):
     return time_batches(lambda: fid.moments(inception_features(model, images)["features"]), args.batch, device)
 
 
-def sit_tflops(args):
-    """Return the teraflops of a training step of a transformer for one image, counted on shapes alone."""
-    sit = svg.SiT(args.model).to("meta")
-    latents = torch.empty(1, sit.grid ** 2, sit.channels, device="meta")
-    u = torch.empty(1, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        svg.flow_loss(sit, latents, u.long(), args.shift, u, latents).sum().backward()
-    return counter.get_total_flops() / 1e12
-
-
 def main():
     """Time the program that the first argument names; the other flags are that program's."""
     if len(sys.argv) < 2 or sys.argv[1] not in PROGRAMS:
@@ -125,11 +113,6 @@ def main():
     else:
         rate, gib = time_training(name, sys.argv[1:])
     result |= {"images_per_second": rate, "peak_gib": gib}
-    if name == "train_dit":
-        result["sit_tflops"] = rate * sit_tflops(args)
-        peak = max([value for board, value in PEAK_TFLOPS.items() if board in result["device"]], default=None)
-        if peak and args.precision == "bf16":
-            result["sit_share_of_peak"] = result["sit_tflops"] / peak
     print(json.dumps(result))
 
 

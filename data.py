@@ -8,11 +8,11 @@ a run; it seeds the random crop.
 """
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -227,37 +227,29 @@ def in_batches(dataset, indices, batch, workers, what):
         yield part, images, labels, corrupt
 
 
-class Stream:
-    """This rank's items of an endless stream of batches, from global batch `start` on.
+def stream(length, batch, seed, start):
+    """Yield this rank's items (index, position) of an endless stream of batches, from global batch `start` on.
 
     Each epoch is a new permutation of the dataset, one after the other with nothing dropped: a function of
     (seed, position) alone.
     """
-
-    def __init__(self, length, batch, seed, start):
-        self.length = length
-        self.batch = batch
-        self.seed = seed
-        self.start = start
-
-    def __iter__(self):
-        epoch = -1
-        local = self.batch // runs.world_size()
-        for step in range(self.start, sys.maxsize):
-            first = step * self.batch + runs.rank() * local
-            items = []
-            for position in range(first, first + local):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-                items.append((int(order[position % self.length]), position))
-            yield items
+    epoch = -1
+    local = batch // runs.world_size()
+    for step in itertools.count(start):
+        first = step * batch + runs.rank() * local
+        items = []
+        for position in range(first, first + local):
+            if position // length != epoch:
+                epoch = position // length
+                order = np.random.default_rng((seed, epoch)).permutation(length)
+            items.append((int(order[position % length]), position))
+        yield items
 
 
 def training_batches(dataset, batch, seed, start, workers, device):
     """Return this rank's batches of the stream: uint8 [b, H, W, 3], labels [b], corrupt indices [b]."""
-    stream = Stream(len(dataset), batch, seed, start)
-    return iter(batches_of(dataset, stream, workers, pin=device.type == "cuda"))
+    items = stream(len(dataset), batch, seed, start)
+    return iter(batches_of(dataset, items, workers, pin=device.type == "cuda"))
 
 
 def spread_batches(dataset, count, batch, workers, device):

@@ -97,27 +97,24 @@ def edit_mask(photo_size, box, size, grid, outside=False):
     `outside` they are 0 in the box, and 1 minus the Gaussian elsewhere. The box is in pixels of the picture,
     of photo_size (width, height); its central square, shrunk to `size` pixels, is what is encoded.
     """
-    given = f"--box {','.join(map(str, box))}"
+    given = f"--box {','.join(map(str, box))}" + (" --outside" if outside else "")
     if max(box[0::2]) > photo_size[0] or max(box[1::2]) > photo_size[1]:
         raise UserError(f"{given}: the picture has {photo_size[0]} x {photo_size[1]} pixels")
-    # The box in tokens of the central square.
+    # The box in tokens of the central square: its corners (x, y).
     scale = size / min(photo_size)
-    left, top = ((round(n * scale) - size) // 2 for n in photo_size)
-    x0, x1 = ((v * scale - left) * grid / size for v in box[0::2])
-    y0, y1 = ((v * scale - top) * grid / size for v in box[1::2])
-    y, x = torch.meshgrid(torch.arange(grid) + 0.5, torch.arange(grid) + 0.5, indexing="ij")
-    chosen = (x > x0) & (x < x1) & (y > y0) & (y < y1)
-    u = (x - (x0 + x1) / 2) / (x1 - x0)
-    v = (y - (y0 + y1) / 2) / (y1 - y0)
-    weights = torch.exp(-2 * (u * u + v * v))
+    left_top = ((torch.tensor(photo_size) * scale).round() - size) // 2
+    low, high = (torch.tensor(box).view(2, 2) * scale - left_top) * grid / size
+    y_x = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)) + 0.5  # centres of the tokens
+    centres = y_x.flip(1)
+    chosen = ((centres > low) & (centres < high)).all(1)
+    weights = torch.exp(-2 * ((centres - (low + high) / 2) / (high - low)).square().sum(1))
     if outside:
         chosen = ~chosen
         weights = 1 - weights
-        given += " --outside"
     if not chosen.any():
         raise UserError(f"{given}: no token has its centre there; a token is a square of "
                         f"{size / grid / scale:.0f} pixels; only the central square is encoded")
-    return (chosen * weights).flatten().unsqueeze(1)
+    return (chosen * weights).unsqueeze(1)
 
 
 def invert(model, latents, times):
@@ -160,6 +157,7 @@ def redraw(args, device):
     """Redraw the box of a picture as a class; the overview shows original, reconstruction, mask, edit."""
     sit, ae, path = find_models(args, device, decode_only=False)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
+    sampler = describe_sampler(args)
     photo = data.open_rgb(args.photo)
     weights = edit_mask(photo.size, args.box, ae.image_size, ae.grid, args.outside).to(device)
     out = Path(args.out)
@@ -183,8 +181,7 @@ def redraw(args, device):
     mask = (weights.view(ae.grid, ae.grid, 1).cpu().numpy() * 255).round().astype(np.uint8)
     mask = mask.repeat(ae.ratio, 0).repeat(ae.ratio, 1).repeat(3, 2)
     labels = ("original", "reconstruction", "noise (white: all new)", f"edit: class {args.classes[0]}")
-    title = (f"{args.photo}: t_edit {args.t_edit:g}, {len(times) - 1} of {args.steps} Euler steps, guidance "
-             f"{args.guidance:g}, seed {args.seed}")
+    title = f"{args.photo}: t_edit {args.t_edit:g}, {sampler}, seed {args.seed}"
     tiles = np.stack([original, before, mask, after])
     files.save_image(out / overview, figures.grid_image(tiles, 4, labels, title, max(192, ae.image_size)))
     print(f"{out}/{result} and {out}/{overview}, by {path}")
@@ -248,9 +245,9 @@ def parse_args():
     parser = runs.Parser(__doc__)
     commands = parser.add_subparsers(required=True, metavar="reconstruct | redraw | interpolate")
 
-    def add_command(function, out):
+    def add_command(function, out, **defaults):
         command = commands.add_parser(function.__name__, doc=function.__doc__)
-        command.set_defaults(function=function)
+        command.set_defaults(function=function, **defaults)
         runs.add_output_flags(command, out)
         runs.add_precision_flag(command)
         return command.add_argument
@@ -264,7 +261,7 @@ def parse_args():
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),
         help="data loading processes per process; 0: this one loads")
 
-    add = add_command(redraw, "edit")
+    add = add_command(redraw, "edit", sampler="euler")
     add("photo", help="the picture")
     add("--box", type=box, required=True, metavar="X0,Y0,X1,Y1", help="what to redraw, in its pixels")
     add("--outside", action="store_true", help="redraw all but the box")

@@ -1,6 +1,4 @@
 """Grids of pictures and loss curves: arrays in, Pillow images out; nothing here reads or writes a file."""
-import math
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -32,17 +30,12 @@ def grid_image(images, columns, labels=None, title="", tile=None):
     return sheet
 
 
-def is_number(value):
-    """Whether a value of a log is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def loss_curve(entries, title):
     """Draw every *loss of a log against the step, on one labelled scale; None for fewer than two entries."""
     if len(entries) < 2:
         return None
     names = [name for name in entries[-1] if name.endswith("loss")]
-    curves = [[(e["step"], e[name]) for e in entries if is_number(e.get(name))] for name in names]
+    curves = [[(e["step"], e[name]) for e in entries if name in e] for name in names]
     points = np.array([point for curve in curves for point in curve] or [(0, 0)], float)
     low = points.min(0)
     span = np.maximum(np.ptp(points, 0), 1e-12)
@@ -51,17 +44,15 @@ def loss_curve(entries, title):
     extent = np.array([644, -320])
     sheet = Image.new("RGB", (720, 400), "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(12)
-    pen.text((60, 6), title, fill="black", font=ImageFont.load_default(14))
-    pen.text((710, 396), "step", fill="black", font=font, anchor="rs")
+    pen.text((60, 6), title, fill="black")
     for share in (0, 0.25, 0.5, 0.75, 1):
         step, loss = low + share * span
         x, y = corner + share * extent
         pen.line((60, y, 704, y), fill="#dddddd")
-        pen.text((4, y - 7), f"{loss:.3g}", fill="black", font=font)
-        pen.text((x - 12, 370), f"{step:.0f}", fill="black", font=font)
+        pen.text((4, y - 7), f"{loss:.3g}", fill="black")
+        pen.text((x - 12, 370), f"{step:.0f}", fill="black")
     for i, (name, curve, colour) in enumerate(zip(names, curves, COLOURS)):
         placed = corner + (np.array(curve).reshape(-1, 2) - low) / span * extent
         pen.line(placed.ravel().tolist(), fill=colour, width=2)
-        pen.text((60 + 160 * i, 24), name, fill=colour, font=font)
+        pen.text((60 + 160 * i, 24), name, fill=colour)
     return sheet

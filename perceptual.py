@@ -23,31 +23,28 @@ class LPIPS(nn.Module):
     weights (for timing); the published linear heads lie in assets/.
     """
 
-    WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+    TAPS = (3, 8, 15, 22, 29)  # the layers whose output is compared: relu1_2, 2_2, 3_3, 4_3, 5_3
 
     def __init__(self, vgg):
         super().__init__()
         layers = []
-        self.taps = []  # the layers whose output is compared: relu1_2, 2_2, 3_3, 4_3, 5_3
         c = 3
-        for widths in self.WIDTHS:
-            if layers:
-                layers.append(nn.MaxPool2d(2))
-            for width in widths:
+        for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+            if width:
                 layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()]
                 c = width
-            self.taps.append(len(layers) - 1)
+            else:
+                layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         if vgg:
             weights = files.load_checkpoint(vgg)
             with files.reading(vgg, "torchvision's VGG16"):
                 self.load_state_dict({k: v for k, v in weights.items() if not k.startswith("classifier.")})
         heads = files.load_npz(Path(__file__).parent / "assets" / "lpips_vgg_heads.npz")
-        for i in range(len(self.taps)):
-            head = torch.from_numpy(heads[f"lin{i}"]).view(1, -1, 1, 1)
-            self.register_buffer(f"head{i}", head, persistent=False)
-        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(1, 3, 1, 1), persistent=False)
+        constants = {f"head{i}": heads[f"lin{i}"] for i in range(5)}
+        constants |= {"shift": np.float32([-.030, -.088, -.188]), "scale": np.float32([.458, .448, .450])}
+        for name, value in constants.items():
+            self.register_buffer(name, torch.from_numpy(value).view(1, -1, 1, 1), persistent=False)
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def unit_features(self, images):
@@ -56,7 +53,7 @@ class LPIPS(nn.Module):
         maps = []
         for i, layer in enumerate(self.features):
             h = layer(h)
-            if i in self.taps:
+            if i in self.TAPS:
                 maps.append(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return maps
 

@@ -132,11 +132,7 @@ def error_line(error):
 # -- Flags -------------------------------------------------------------------------------------------------
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each default but those of switches, and leaves the docstring's lines as they are."""
-
-    def _get_help_string(self, action):
-        hidden = action.default is None or action.default is True or action.default is False
-        return action.help if hidden else super()._get_help_string(action)
+    """Shows each default, and leaves the docstring's lines as they are."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -169,11 +165,11 @@ def number(low=0.0, high=math.inf, above=-math.inf):
 
 def whole(low):
     """Return an argparse type: a whole number of at least `low`, and of 63 bits, as PyTorch's."""
-    def parse(text):
-        if not text.isdecimal() or not low <= int(text[:99]) < 2**63:
+    def whole(text):  # argparse names it where int() fails
+        if not low <= int(text) < 2**63:
             raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {low} to 2^63")
         return int(text)
-    return parse
+    return whole
 
 
 positive = whole(1)
@@ -289,13 +285,12 @@ def micro_batches(count, models, *tensors):
 
     DDP models exchange gradients only in the last part's backward pass.
     """
-    parts = list(zip(*(t.chunk(count) for t in tensors), strict=True))
-    for i, part in enumerate(parts):
-        with contextlib.ExitStack() as stack:
-            for model in models:
-                if i + 1 < len(parts) and isinstance(model, DistributedDataParallel):
-                    stack.enter_context(model.no_sync())
-            yield part
+    parts = zip(*(t.chunk(count) for t in tensors), strict=True)
+    for i, part in enumerate(parts, 1):
+        for model in models:
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = i == count
+        yield part
 
 
 def optimizer_step(*optimizers, clip=0.0):
@@ -483,7 +478,7 @@ class Run:
     def check_folder(self, config):
         """Raise UserError if the folder holds another run or something else."""
         before = files.read_json(self.path / "config.json")
-        if not before and not self.last.exists() and self.path.exists() and any(self.path.iterdir()):
+        if not before and not self.last.exists() and any(self.path.glob("*")):
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
         changed = [f"{name} {value} (was {before[name]})" for name, value in config.items()
                    if name not in FREE_FLAGS and before.get(name, value) != value]

@@ -98,10 +98,8 @@ def find_models(args, device, decode_only=True):
     sit = svg.load_sit(path).to(device)
     trained_on = sit.meta.get("autoencoder", {})
     ae_path = args.ae or trained_on.get("path")
-    if not ae_path:
-        raise UserError(f"{path} does not say which autoencoder it was trained on: name it by --ae")
-    if not os.path.exists(ae_path):
-        raise UserError(f"{path} needs the autoencoder {ae_path}, which is not there: name it by --ae")
+    if not ae_path or not os.path.exists(ae_path):
+        raise UserError(f"{path} needs its autoencoder, {ae_path or 'which it does not name'}: name it by --ae")
     ae = svg.load_autoencoder(ae_path, decode_only=decode_only, weights_dir=args.weights).to(device)
     if (sit.channels, sit.grid) != (ae.channels, ae.grid):
         raise UserError(f"{path} makes latents of {sit.grid}x{sit.grid}x{sit.channels}, the autoencoder "

@@ -54,20 +54,20 @@ class Data(Case):
         self.assertEqual(set(crops), {tall[i:i + 32].tobytes() for i in range(14)})
 
     def test_stream_visits_each_image_once_per_epoch_in_new_order(self):
-        flat = [item for batch, _ in zip(data.Stream(10, 4, 0, 0), range(10)) for item in batch]
+        flat = [item for batch, _ in zip(data.stream(10, 4, 0, 0), range(10)) for item in batch]
         self.assertEqual([p for _, p in flat], list(range(40)))
         epochs = [[i for i, _ in flat[n:n + 10]] for n in range(0, 40, 10)]
         self.assertTrue(all(sorted(e) == list(range(10)) for e in epochs))
         self.assertEqual(len(set(map(tuple, epochs))), 4)
-        self.assertNotEqual(flat[:10], next(iter(data.Stream(10, 10, 1, 0))))
-        self.assertEqual(next(iter(data.Stream(10, 4, 0, 7))), flat[28:32])  # a restart
+        self.assertNotEqual(flat[:10], next(data.stream(10, 10, 1, 0)))
+        self.assertEqual(next(iter(data.stream(10, 4, 0, 7))), flat[28:32])  # a restart
 
     def test_ranks_share_the_batch_of_one_process(self):
-        whole = next(iter(data.Stream(100, 8, 0, 13)))
+        whole = next(iter(data.stream(100, 8, 0, 13)))
         shares = []
         for rank in range(2):
             with mock.patch("runs.rank", lambda rank=rank: rank), mock.patch("runs.world_size", lambda: 2):
-                shares += next(iter(data.Stream(100, 8, 0, 13)))
+                shares += next(iter(data.stream(100, 8, 0, 13)))
         self.assertEqual(shares, whole)
 
     def test_hidden_and_empty_folders_are_no_classes_and_loose_images_are_named(self):
