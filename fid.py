@@ -439,16 +439,10 @@ def main():
     if not args.demo and any(0 < source.num < 10_000 for source in sources):
         warnings.warn(f"{name} of fewer than 10,000 images is biased upward: compare it only at equal "
                       f"numbers")
-    shown = []
-    missing = []
-    for key, value in numbers.items():
-        if math.isnan(value):
-            missing.append(key)
-        elif key.endswith("_std"):
-            shown[-1] += f" +- {value:.5g}"
-        else:
-            shown.append(f"{key} {value:.5g}")
-    print(f"{'  '.join(shown)}  ({fake} against {real}, {protocol})")
+    shown = "".join(f" +- {value:.5g}" if key.endswith("_std") else f"  {key} {value:.5g}"
+                    for key, value in numbers.items() if not math.isnan(value))
+    missing = [key for key, value in numbers.items() if math.isnan(value)]
+    print(f"{shown.strip()}  ({fake} against {real}, {protocol})")
     if missing:
         print(f"not measured: {', '.join(missing)}")
     if args.json:

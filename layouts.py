@@ -115,13 +115,8 @@ def authors_autoencoder(weights):
         parts.setdefault(part, {})[rest] = value
     own = {"mask_token": weights["mask_token"].flatten(),
            "alignment": torch.tensor([0.0, 1.0, 0.0, 1.0]), "alignment_batches": torch.tensor(0)}  # none
-    body = {}
-    for key, value in parts["extra_vit"].items():
-        if key.startswith("heads."):
-            own[f"residual_head.{key.removeprefix('heads.')}"] = value
-        else:
-            body[key] = value
-    own |= {f"residual.{key}": value for key, value in official_names(body).items()}
+    for key, value in official_names(parts["extra_vit"]).items():
+        own[f"residual.{key}".replace("residual.heads.", "residual_head.")] = value
     own |= {f"decoder.{key}": value for key, value in parts["decoder"].items()}
     return {"autoencoder": {"kind": "autoencoder", "config": {"feature_channels": 384}, "model": own},
             "encoder": parts["encoder"]}

@@ -93,7 +93,7 @@ class Decoder(nn.Module):
     """
     recompute = False
 
-    def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), blocks=3, attention=True):
+    def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=True):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         c = widths[-1]
@@ -102,12 +102,11 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()  # level 0 is the full resolution; decoding starts at the last level
         for level in reversed(range(len(widths))):
             up = nn.Module()
-            up.block = nn.ModuleList()
-            for _ in range(blocks):
-                up.block.append(ResnetBlock(c, widths[level]))
-                c = widths[level]
+            width = widths[level]
+            up.block = nn.ModuleList([ResnetBlock(c, width), ResnetBlock(width, width), ResnetBlock(width, width)])
+            c = width
             attentive = attention and level == len(widths) - 1
-            up.attn = nn.ModuleList(AttnBlock(c) for _ in range(blocks if attentive else 0))
+            up.attn = nn.ModuleList(AttnBlock(c) for _ in range(3 if attentive else 0))
             if level > 0:
                 up.upsample = Upsample(c)
             self.up.insert(0, up)

@@ -134,11 +134,10 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A plain vision transformer; parameter names are those of the official DINO files.
 
-    Images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, prefix + h*w, dim]; the prefix is CLS
-    and registers. grid: None for DINOv3's rotary positions, n for a learned position embedding of CLS and n*n
-    patches that is resized (bicubic) to other grids; `offset` and `antialias` are the two ways DINOv2's
-    releases do that. cls: False leaves out the CLS token and its position. imagenet: whether its images are
-    normalised by ImageNet's statistics (the caller does it) or stay in [-1, 1].
+    Images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, prefix + h*w, dim]; the prefix is CLS (if
+    cls) and registers. grid: None for DINOv3's rotary positions, n for a learned position embedding of CLS and
+    n*n patches, resized (bicubic) to other grids in one of the two ways of DINOv2's releases: `offset` or
+    `antialias`. imagenet: whether the caller normalises images by ImageNet's statistics, or leaves [-1, 1].
     """
 
     def __init__(self, patch, dim, depth, heads, grid=None, registers=0, swiglu=False, layer_scale=True,
@@ -233,9 +232,8 @@ def imagenet_normalize(images):
 class Encoder(nn.Module):
     """A frozen ViT: images [B, 3, H, W] in [-1, 1] -> patch tokens [B, N, D].
 
-    Its weights are buffers outside the state dict, not parameters: no `.train()`, `.requires_grad_()`,
-    optimiser or checkpoint of what contains it can reach them. (In train mode DINOv3 would jitter its
-    coordinates at random.)
+    Its weights are buffers outside the state dict, not parameters: no `.train()` (in which DINOv3 would jitter
+    its coordinates), `.requires_grad_()`, optimiser or checkpoint of what contains it can reach them.
     """
 
     def __init__(self, vit, name, file):
@@ -331,10 +329,7 @@ def match_distribution(residual, feature_mean, feature_std, residual_mean, resid
 
 
 def token_statistics(batches, channels):
-    """Return mean and std [C] of batches of tokens [B, N, C] on all ranks, in float64.
-
-    They are those of all tokens together, and so do not depend on the batches.
-    """
+    """Return mean and std [C], in float64, of all tokens in batches [B, N, C] on all ranks together."""
     sums = torch.zeros(2 * channels + 1, dtype=torch.float64)
     for tokens in batches:
         tokens = tokens.flatten(0, 1).cpu().double()
@@ -360,10 +355,9 @@ def level_factors(image_size, grid):
 class Autoencoder(nn.Module):
     """Frozen encoder + residual encoder -> aligned latent [B, N, C]; decoder -> image.
 
-    encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). image_size: pixels;
-    grid: tokens per side, default image_size // 16; their ratio must be a power of two. Any other image size
-    whose sides are multiples of that ratio works too. residual: arguments of the residual ViT; decoder:
-    arguments of Decoder. align: "none" never aligns the residual (the ablation of table 4).
+    encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). grid: tokens per side,
+    by default one per 16 pixels; image_size / grid must be a power of two, and images of any size that it
+    divides work too. residual, decoder: arguments of their networks. align: "none" for the ablation of table 4.
     """
 
     def __init__(self, encoder, residual_channels=8, image_size=256, grid=None, mask_ratio=0.1, residual=None,
@@ -487,10 +481,9 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
-    """Load an autoencoder in eval mode: ours, demo.pt, the authors' Lightning checkpoint, or a VAE.
+    """Load an autoencoder in eval mode: ours, demo.pt, the authors' Lightning checkpoint, or a VAE's file.
 
-    encoder: a frozen Encoder to use; default: that in the file, or the recorded one. decode_only: load no
-    encoder at all. A VAE's file is in LDM's or diffusers' layout and needs neither.
+    encoder: a frozen Encoder to use; default: that in the file, or the recorded one. decode_only: none at all.
     """
     with files.reading(path, "an autoencoder (of train_ae.py, the authors', a VAE of LDM or diffusers)"):
         checkpoint = layouts.autoencoder_checkpoint(load_checkpoint(path))
@@ -517,10 +510,7 @@ def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
 
 
 def recorded_encoder(checkpoint, path, weights_dir=None):
-    """Return the encoder that a checkpoint holds, or the one that it names.
-
-    The named file is looked for at its place, in the weights folder and beside this program.
-    """
+    """Return the encoder that a checkpoint holds, or that it names: there, in the weights folder, or here."""
     if "encoder" in checkpoint:
         return encoder_from_weights(checkpoint["encoder"], path)
     file = Path(checkpoint["autoencoder"]["encoder_file"]["file"])
@@ -657,11 +647,10 @@ class SiT(nn.Module):
 
     def set_latent_stats(self, mean, std):
         """Set the latents' mean and std [C]; UserError for those of other latents."""
-        if not mean.shape == std.shape == self.latent_mean.shape:
-            raise UserError(f"latent statistics of {mean.numel()} channels do not fit latents of "
-                            f"{self.channels}")
-        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
-            raise UserError("latent statistics are not finite, or a standard deviation is not above 0")
+        fit = mean.shape == std.shape == self.latent_mean.shape
+        if not fit or not (mean.isfinite() & (std > 0) & std.isfinite()).all():
+            raise UserError(f"latent statistics of {mean.numel()} channels are not {self.channels} finite means "
+                            f"and deviations above 0")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 

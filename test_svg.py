@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import demo
 import files
 import layouts
 import ldm
@@ -547,7 +546,7 @@ class Checkpoints(Case):
         self.assertTrue(torch.equal(whole(x), decoder.decode(whole.encode(x))))
         self.assertIsNone(decoder.encoder)
         with self.assertRaisesRegex(UserError, "other encoder weights"):
-            svg.load_autoencoder(path, svg.Encoder(svg.ViT(**demo.VIT), "demo", "other.pt"))
+            svg.load_autoencoder(path, svg.Encoder(svg.ViT(8, 64, 4, 1, registers=4), "demo", "other.pt"))
 
     def test_transformer_checkpoint_round_trip_gives_the_ema(self):
         path = trained() / "runs/demo-dit/last.pt"

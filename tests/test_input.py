@@ -56,7 +56,7 @@ DAMAGED_FILES = [
     # Latent statistics.
     *[(f"sample --latent-stats {file}", file) for file in ("text.npz", "mlp.pth")],
     ("sample --latent-stats stats.npz", "5 channels", "72"),
-    ("sample --latent-stats zero-std.npz", "standard deviation"),
+    ("sample --latent-stats zero-std.npz", "deviations above 0"),
     # A packed set.
     *[(f"{DIT_DATA} --data packed-{damage}", f"packed-{damage}", words) for damage, words in (
         ("labels", "not a whole packed set"), ("none", "0 images"), ("half", "not a whole packed set"))],
