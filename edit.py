@@ -8,7 +8,6 @@ Each takes --help. Each writes its pictures into a folder, with a record (record
 (overview/) in it.
 """
 import argparse
-import collections
 import itertools
 import os
 import warnings
@@ -48,9 +47,8 @@ def reconstruct(args, device):
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device)
     dataset = data.ImageFolder(args.folder, ae.image_size, flat=True)
     targets = [os.path.splitext(os.fsdecode(name))[0] + ".png" for name in dataset.names]
-    [(twice, count)] = collections.Counter(targets).most_common(1)
-    if count > 1:
-        raise UserError(f"{args.folder}: {count} images, of different suffix, would become {twice}: rename one")
+    if len(set(targets)) < len(targets):
+        raise UserError(f"{args.folder}: two images of different suffix would become one PNG: rename one")
     out = Path(args.out)
     if Path(args.folder).resolve() in (out.resolve(), *out.resolve().parents):
         raise UserError(f"--out {out} lies in {args.folder}, whose images are reconstructed: give another --out")
@@ -189,10 +187,13 @@ def redraw(args, device):
 
 # -- Interpolation (paper, appendix D) ---------------------------------------------------------------------
 
+KINDS = ("slerp", "lerp")  # along the great circle, along the line
+
+
 def interpolate_noise(a, b, weights, kind):
     """Return noises [n, N, C] between a and b [N, C] at weights [n] of b.
 
-    kind: along the line (lerp), or along the great circle (slerp), which keeps the length that noise has.
+    kind: one of KINDS; the great circle keeps the length that noise has.
     """
     w = weights.view(-1, 1, 1)
     if kind == "lerp":
@@ -208,8 +209,8 @@ def interpolate(args, device):
     sit, ae, path = find_models(args, device)
     y = torch.tensor(class_numbers(args.classes, sit), device=device)
     out = Path(args.out)
-    names = [f"{kind}-{i:06d}.png" for kind in args.kind for i in range(args.frames)]
-    overviews = [f"{files.OVERVIEW}/{kind}.png" for kind in args.kind]
+    names = [f"{kind}-{i:06d}.png" for kind in KINDS for i in range(args.frames)]
+    overviews = [f"{files.OVERVIEW}/{kind}.png" for kind in KINDS]
     sampler = describe_sampler(args)
     runs.claim_folder(args, [*names, *overviews], fingerprints(sit, ae))
     runs.say_start(device, args.precision, str(path), runs.millions(SiT=sit, decoder=ae.decoder),
@@ -217,7 +218,7 @@ def interpolate(args, device):
     a, b = (svg.sample_noise(seed, [0], (sit.grid ** 2, sit.channels))[0] for seed in args.seeds)
     weights = torch.linspace(0, 1, args.frames)
     labels = [f"{w:.2f} of seed {args.seeds[1]}" for w in weights]
-    for kind in args.kind:
+    for kind in KINDS:
         noise = interpolate_noise(a, b, weights, kind).to(device)
         frames = np.concatenate([images_of(sit, ae, part, y.expand(len(part)), args)
                                  for part in noise.split(args.batch)])
@@ -276,8 +277,6 @@ def parse_args():
     add("--class", dest="classes", nargs=1, required=True, help="number or name of the class")
     add("--seeds", type=runs.not_negative, nargs=2, required=True, metavar=("A", "B"), help="both ends")
     add("--frames", type=runs.positive, default=8, help="pictures, both ends included")
-    add("--kind", nargs="+", choices=("slerp", "lerp"), default=["slerp", "lerp"],
-        help="along the great circle, along the line")
     add("--batch", type=runs.positive, default=64, help="images at a time")
     add_flow_flags(add, steps=25, shift=0.15)
     add_sampler_flags(add)

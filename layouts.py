@@ -89,8 +89,7 @@ def detect_architecture(weights, known):
     for name, config in known.items():
         if seen.items() <= {**absent, **config}.items():
             return name
-    found = ", ".join(f"{key} {value}" for key, value in seen.items())
-    raise ValueError(f"a ViT with {found} is none of {', '.join(known)}")
+    raise ValueError(f"a ViT with {seen} is none of {', '.join(known)}")
 
 
 # -- Autoencoders, and the SVG authors' files --------------------------------------------------------------

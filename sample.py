@@ -122,14 +122,10 @@ def class_numbers(names, sit):
     known = sit.meta.get("classes", [])
     numbers = []
     for name in names:
-        if name in known:
-            number = known.index(name)
-        else:
-            number = int(name) if name.isdecimal() else -1
-        if not 0 <= number < sit.num_classes:
-            some = f" ({', '.join(known[:10])}{', ...' if len(known) > 10 else ''})" if known else ""
-            raise UserError(f"--classes {name}: the model has classes 0 to {sit.num_classes - 1}{some}")
-        numbers.append(number)
+        if name not in known and not (name.isdecimal() and int(name) < sit.num_classes):
+            raise UserError(f"--classes {name}: the model has classes 0 to {sit.num_classes - 1} "
+                            f"({', '.join(known[:10]) or 'without names'})")
+        numbers.append(known.index(name) if name in known else int(name))
     return numbers
 
 

@@ -59,15 +59,14 @@ class BatchNorm2d(nn.BatchNorm2d):
 class PatchDiscriminator(nn.Module):
     """pix2pix's PatchGAN: images [B, 3, H, W] -> logits [B, 1, h, w], one per 70 x 70 pixel patch."""
 
-    def __init__(self, width=64):
+    def __init__(self):
         super().__init__()
-        w = width
         self.main = nn.Sequential(
-            nn.Conv2d(3, w, 4, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(w, 2 * w, 4, 2, 1, bias=False), BatchNorm2d(2 * w), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * w, 4 * w, 4, 2, 1, bias=False), BatchNorm2d(4 * w), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * w, 8 * w, 4, 1, 1, bias=False), BatchNorm2d(8 * w), nn.LeakyReLU(0.2),
-            nn.Conv2d(8 * w, 1, 4, 1, 1))
+            nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(64, 128, 4, 2, 1, bias=False), BatchNorm2d(128), nn.LeakyReLU(0.2),
+            nn.Conv2d(128, 256, 4, 2, 1, bias=False), BatchNorm2d(256), nn.LeakyReLU(0.2),
+            nn.Conv2d(256, 512, 4, 1, 1, bias=False), BatchNorm2d(512), nn.LeakyReLU(0.2),
+            nn.Conv2d(512, 1, 4, 1, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
