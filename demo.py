@@ -1,4 +1,4 @@
-"""How demo.pt was made, and who judges it: packed from runs of both stages; a classifier of its samples.
+"""How demo.pt was made, and who judges it.
 
     python demo.py pack                        # demo.pt from the newest --demo runs of both stages
     python demo.py classify samples/           # how many samples show the class they were asked for
@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 import data
 import files
@@ -19,7 +17,7 @@ import runs
 import svg
 from files import UserError
 from sample import bundle
-from shapes import CLASSES, SIZE, draw, pictures
+from shapes import CLASSES, DEMO_PT, SIZE, pictures
 
 STATISTICS = ("alignment", "alignment_batches", "latent_mean", "latent_std")  # stay in full precision
 
@@ -41,37 +39,21 @@ def pack(path):
     print(f"{path}: {Path(path).stat().st_size / 1e6:.2f} MB")
 
 
-def train_classifier(steps=1500, batch=64, count=10_000):
-    """Train a small convolutional classifier on drawn pictures; return it and its held-out accuracy."""
-    torch.manual_seed(0)
-    layers = []
-    c = 3
-    for width in (32, 64, 128):
-        layers += [nn.Conv2d(c, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
-                   nn.Conv2d(width, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
-        c = width
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * 16, 10))
-    rng = np.random.default_rng(4)
-    images = torch.from_numpy(np.stack([draw(i % len(CLASSES), rng)[0] for i in range(count)]))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    for _ in runs.progress(range(steps), "training the classifier", steps * batch, lambda _: batch):
-        i = torch.from_numpy(rng.integers(0, count, batch))
-        loss = F.cross_entropy(model(data.to_float(images[i], "cpu")), i % len(CLASSES))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    held_out, _ = accuracy(model.eval(), pictures("shapes://val", 2000))
-    return model, held_out
+def judge(images):
+    """Return the share of uint8 images [n, 32, 32, 3], of the classes in turn, that show their class; by class.
 
+    A picture shows the class whose mean CLS token, of 1,000 real images by the frozen encoder, is the nearest.
+    """
+    encoder = svg.load_encoder(DEMO_PT)
 
-@torch.no_grad()
-def accuracy(model, images):
-    """Return the share of uint8 images [n, 32, 32, 3], of the classes in turn, that are told, and by class."""
-    labels = np.arange(len(images)) % len(CLASSES)
-    right = model(data.to_float(torch.from_numpy(images), "cpu")).argmax(1).numpy() == labels
-    return right.mean(), [right[labels == c].mean() for c in range(len(CLASSES))]
+    def tokens(images):
+        return encoder(data.to_float(torch.from_numpy(images), "cpu"), cls=True)[0]
+
+    means = tokens(pictures("shapes://train", 1000)).unflatten(0, (-1, len(CLASSES))).mean(0)
+    nearest = torch.cdist(tokens(images), means).argmin(1)
+    labels = torch.arange(len(images)) % len(CLASSES)
+    right = (nearest == labels).double()
+    return right.mean().item(), [right[labels == c].mean().item() for c in range(len(CLASSES))]
 
 
 def classify(folder):
@@ -79,10 +61,9 @@ def classify(folder):
     images = [np.asarray(data.open_rgb(path)) for path in data.list_images(folder)]
     if not images or any(image.shape != (SIZE, SIZE, 3) for image in images):
         raise UserError(f"{folder}: give the demo's samples, of {SIZE} x {SIZE} pixels, by sample.py")
-    model, held_out = train_classifier()
-    share, by_class = accuracy(model, np.stack(images))
-    print(f"classifier: {held_out:.1%} right on held-out real images; "
-          f"{share:.1%} of {len(images)} samples right")
+    share, by_class = judge(np.stack(images))
+    held_out, _ = judge(pictures("shapes://val", 2000))
+    print(f"{share:.1%} of {len(images)} samples show their class, {held_out:.1%} of real images")
     print("  ".join(f"{name} {a:.0%}" for name, a in zip(CLASSES, by_class, strict=True)))
 
 

@@ -235,7 +235,7 @@ def interpolate(args, device):
 
 def box(text):
     """Parse "x0,y0,x1,y1", a rectangle in whole pixels (an argparse type)."""
-    values = [int(v) if v.strip().isdecimal() else -1 for v in text.split(",")]
+    values = list(map(int, text.split(",")))
     if len(values) != 4 or min(values) < 0 or values[0] >= values[2] or values[1] >= values[3]:
         raise argparse.ArgumentTypeError(f"'{text}' is not x0,y0,x1,y1 in pixels with x0 < x1 and y0 < y1")
     return values

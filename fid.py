@@ -337,9 +337,9 @@ def compare(fake, real, name, device):
 def compare_pairs(fake, real, args, device):
     """Return PSNR, SSIM and LPIPS (VGG16; not with --demo) with standard deviations, on rank 0."""
     if fake.keys() != real.keys() or fake.shape != real.shape:
-        alone = sorted(set(fake.keys()) ^ set(real.keys()))
-        raise UserError(f"--paired: {fake}, {fake.shape}, and {real}, {real.shape}, need one size (--size N) "
-                        f"and the same paths below the folder but for suffixes; in one alone: {alone[:3]}")
+        alone = sorted(set(fake.keys()) ^ set(real.keys()))[:3]
+        raise UserError(f"--paired: {fake} and {real} need one size (--size N), here {fake.shape} and "
+                        f"{real.shape}, and the same paths below but for suffixes; in one alone: {alone}")
     metrics = {"PSNR": psnr, "SSIM": ssim}
     if not args.demo:
         lpips = LPIPS(runs.fetch_weights("vgg16-397923af.pth", args.weights)).to(device)

@@ -8,6 +8,7 @@ loss from step --disc-start on. Writes runs/<name>/: config.json, log.jsonl, los
 checkpoints, previews (originals above reconstructions). The same command resumes from last.pt.
 """
 import copy
+import re
 
 import numpy as np
 import torch
@@ -165,8 +166,8 @@ def build_autoencoder(encoder, args):
                 "dropout": args.residual_dropout}
     decoder = {"ch": args.decoder_channels}
     if args.decoder_mult:
-        factors = [int(text) if text.isdecimal() else 0 for text in args.decoder_mult.split(",")]
-        if 0 in factors or 2 ** (len(factors) - 1) * args.grid != args.image_size:
+        factors = list(map(int, re.findall(r"[1-9]\d*", args.decoder_mult)))
+        if 2 ** (len(factors) - 1) * args.grid != args.image_size:
             raise UserError(f"--decoder-mult {args.decoder_mult}: give a factor for each level from "
                             f"--image-size {args.image_size} to --grid {args.grid}")
         decoder["ch_mult"] = factors

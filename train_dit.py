@@ -8,6 +8,7 @@ with samples labelled by class as previews. The same command resumes from last.p
 """
 import copy
 import functools
+import re
 
 import torch
 
@@ -52,10 +53,9 @@ def model_size(text):
     """Parse "XL", or "6,192,4" as layers, width and heads (an argparse type)."""
     if text in svg.SIT_SIZES:
         return svg.SIT_SIZES[text]
-    numbers = [int(n) if n.isdecimal() else 0 for n in text.split(",")]
-    if len(numbers) != 3 or 0 in numbers:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*){2}", text):
         raise UserError(f"--model {text}: give B, L, XL, or layers,width,heads such as 6,192,4")
-    depth, dim, heads = numbers
+    depth, dim, heads = map(int, text.split(","))
     if dim % heads or dim % 4:
         raise UserError(f"--model {text}: the width must be a multiple of 4 and of the heads")
     return {"depth": depth, "dim": dim, "heads": heads}

@@ -1,7 +1,8 @@
 """The shipped model."""
-
+import numpy as np
 
 import demo
+import shapes
 from tests.helpers import ROOT, Case, ok, pictures
 
 
@@ -9,7 +10,10 @@ class Shipped(Case):
     def test_shipped_model_draws_what_it_is_asked_for(self):
         self.assertLess((ROOT / "demo.pt").stat().st_size, 8e6)
         self.assertIn("demo.pt", ok("sample --steps 5 --num 200"))  # in a bare folder
-        classifier, real = demo.train_classifier(steps=400)
-        share, each = demo.accuracy(classifier, pictures("samples"))
-        self.assertGreaterEqual(real, 0.95)
+        share, each = demo.judge(pictures("samples"))
         self.assertGreaterEqual(share, 0.90, f"by class: {each}")
+
+    def test_the_judge_tells_real_images_and_is_not_fooled(self):
+        real = shapes.pictures("shapes://val", 500)
+        self.assertGreaterEqual(demo.judge(real)[0], 0.95)
+        self.assertLess(demo.judge(np.roll(real, 1, 0))[0], 0.1)  # each asked for another class
