@@ -63,10 +63,10 @@ def time_training(name, flags):
     raise files.UserError(f"{name} {' '.join(flags)} failed")
 
 
-def time_batches(step, batch, device, count=5):
+def time_batches(step, batch, device):
     """Return images/s of step(), which computes a batch, and peak memory in GiB."""
     seconds = []
-    for _ in range(count + 2):
+    for _ in range(7):
         start = time.perf_counter()
         step()
         if device.type == "cuda":
@@ -104,16 +104,15 @@ def main():
     name = sys.argv.pop(1)
     args = PROGRAMS[name].parse_args()
     device = runs.setup(args.precision)
-    result = {"program": name, "flags": " ".join(sys.argv[1:]), "precision": args.precision,
-              "compile": args.compile, "device": runs.device_name(device), "torch": torch.__version__}
     if name == "sample":
         rate, gib = time_sampling(args, device)
     elif name == "fid":
         rate, gib = time_fid(args, device)
     else:
         rate, gib = time_training(name, sys.argv[1:])
-    result |= {"images_per_second": rate, "peak_gib": gib}
-    print(json.dumps(result))
+    print(json.dumps({"program": name, "flags": sys.argv[1:], "precision": args.precision,
+                      "compile": args.compile, "device": runs.device_name(device), "torch": torch.__version__,
+                      "images_per_second": rate, "peak_gib": gib}))
 
 
 if __name__ == "__main__":

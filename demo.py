@@ -59,8 +59,8 @@ def judge(images):
 def classify(folder):
     """Print how many samples, taken as classes in turn, show the class they were asked for."""
     images = [np.asarray(data.open_rgb(path)) for path in data.list_images(folder)]
-    if not images or any(image.shape != (SIZE, SIZE, 3) for image in images):
-        raise UserError(f"{folder}: give the demo's samples, of {SIZE} x {SIZE} pixels, by sample.py")
+    if len(images) < len(CLASSES) or any(image.shape != (SIZE, SIZE, 3) for image in images):
+        raise UserError(f"{folder}: give ten or more samples of the demo, {SIZE} x {SIZE} pixels, by sample.py")
     share, by_class = judge(np.stack(images))
     held_out, _ = judge(pictures("shapes://val", 2000))
     print(f"{share:.1%} of {len(images)} samples show their class, {held_out:.1%} of real images")

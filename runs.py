@@ -355,9 +355,9 @@ def describe(dataset, name):
 
 
 def millions(**models):
-    """Return "encoder 28.7M, decoder 43.1M parameters"; a model of None is left out."""
+    """Return "encoder 28.7M, decoder 43.1M parameters"."""
     counts = {name: sum(t.numel() for t in (*model.parameters(), *model.buffers()))
-              for name, model in models.items() if model is not None}
+              for name, model in models.items()}
     return ", ".join(f"{name} {count / 1e6:.1f}M" for name, count in counts.items()) + " parameters"
 
 

@@ -142,11 +142,9 @@ def fingerprints(sit, ae):
 def parse_args():
     """Parse the command line."""
     parser = runs.Parser(__doc__)
-    add = parser.add_argument_group("model").add_argument
+    add = parser.add_argument
     add_model_flags(add)
-    group = parser.add_argument_group("samples")
-    runs.add_output_flags(group, "samples")
-    add = group.add_argument
+    runs.add_output_flags(parser, "samples")
     add("--num", type=runs.positive, default=40, help="images in all")
     add("--classes", "--class", nargs="+", help="class numbers or names, taken in turn (default: all)")
     add("--labels", choices=("balanced", "random"), default="balanced",

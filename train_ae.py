@@ -252,8 +252,7 @@ def main():
     dataset = data.open_data(args.data, args.image_size, random_crop=True, seed=args.seed)
     run = runs.Run("autoencoder", args, encoder.fingerprint, **data.dataset_identity(dataset))
     runs.say_start(device, args.precision, runs.describe(dataset, args.data),
-                   runs.millions(encoder=model.encoder, residual=getattr(model, "residual", None),
-                                 decoder=model.decoder), f"writes {run.path}/")
+                   runs.millions(autoencoder=model, decoder=model.decoder), f"writes {run.path}/")
     state = {"model": model, "disc": disc, "opt": opt, "opt_disc": opt_disc}
     step = run.resume(state)
     centred = copy.copy(dataset)

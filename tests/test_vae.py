@@ -209,7 +209,7 @@ class Programs(Case):
         for name, model in (("run", ""), ("exported", "--ckpt all.pt")):
             ok(f"sample --num 2 --steps 2 {model} --out {name}")
         np.testing.assert_array_equal(pictures("run"), pictures("exported"))
-        ok("probe pca --rows 1 --columns 2")
+        ok("probe pca")
         Path("val").symlink_to("train")
         ok("probe classify --size 64 --data . --ae vae.pt --epochs 1 --batch 4 --workers 0")
         torch.save(tiny_weights(attention=False), "vae.pt")
