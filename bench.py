@@ -103,16 +103,16 @@ def main():
         raise files.UserError(f"name one of {', '.join(PROGRAMS)}, then its flags")
     name = sys.argv.pop(1)
     args = PROGRAMS[name].parse_args()
-    device = runs.setup(args.precision)
+    settings = {"precision": "fp32", "compile": False, **vars(args)}
+    device = runs.setup(settings["precision"])
     if name == "sample":
         rate, gib = time_sampling(args, device)
     elif name == "fid":
         rate, gib = time_fid(args, device)
     else:
         rate, gib = time_training(name, sys.argv[1:])
-    print(json.dumps({"program": name, "flags": sys.argv[1:], "precision": args.precision,
-                      "compile": args.compile, "device": runs.device_name(device), "torch": torch.__version__,
-                      "images_per_second": rate, "peak_gib": gib}))
+    print(json.dumps({"program": name, "images_per_second": rate, "peak_gib": gib, "torch": torch.__version__,
+                      "device": runs.device_name(device), **settings}, default=str))
 
 
 if __name__ == "__main__":

@@ -141,10 +141,7 @@ class ImageFolder(torch.utils.data.Dataset):
 # -- A packed set ------------------------------------------------------------------------------------------
 
 class Packed(torch.utils.data.Dataset):
-    """A folder that `pack` wrote: images are centre crops, decoded already.
-
-    size: pixels that it must have been packed at, if that matters.
-    """
+    """A folder that `pack` wrote, of centre crops; size: pixels it must have been packed at, if that matters."""
 
     def __init__(self, root, size=None):
         self.root = str(root)
@@ -213,9 +210,8 @@ def batches_of(dataset, items, workers, pin=False):
 
 
 def in_batches(dataset, indices, batch, workers, what):
-    """Yield a process's share of a dataset, the list `indices`, in batches, with a progress line.
-
-    A batch is its indices, uint8 images [b, H, W, 3], labels [b], indices of corrupt files or -1 [b].
+    """Yield a process's share of a dataset, `indices`, in batches: of those, of uint8 images [b, H, W, 3], of
+    labels [b] and of the indices of corrupt files or -1 [b]; with a progress line.
     """
     parts = [indices[i:i + batch] for i in range(0, len(indices), batch)]
     loader = batches_of(dataset, [[(i, 0) for i in part] for part in parts], workers)
@@ -298,10 +294,7 @@ class Latents(torch.utils.data.Dataset):
 # -- python data.py pack -----------------------------------------------------------------------------------
 
 def pack(src, dst, size, workers=0):
-    """Decode and centre-crop an image tree `src` once, to `dst`, which appears when it is whole.
-
-    Writes images.npy (uint8 [N, size, size, 3]), labels.npy and classes.json. Corrupt images are left out.
-    """
+    """Decode and centre-crop an image tree once, without corrupt images, to `dst`, which appears when whole."""
     dst = Path(dst)
     if dst.exists():
         raise UserError(f"{dst} already exists: give another name, or remove it")

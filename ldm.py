@@ -87,10 +87,7 @@ def middle(c):
 
 
 class Decoder(nn.Module):
-    """[B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest resolution only.
-
-    attention: False leaves it to the middle alone, as in SD-VAE.
-    """
+    """[B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest resolution, or in the middle alone."""
     recompute = False
 
     def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=True):

@@ -29,16 +29,16 @@ def component_colours(x):
     return c.view(len(x), side, side, 3).byte().numpy()
 
 
-def tsne(x):
-    """Map x [n, d] to [n, 2] by exact t-SNE (van der Maaten and Hinton, 2008), for some thousand points.
-
-    Three standard deviations of a point reach its 30th neighbour; that takes the place of a perplexity.
-    """
-    # Similarities.
+def tsne(x, perplexity=30):
+    """Map x [n, d] to [n, 2] by exact t-SNE (van der Maaten and Hinton, 2008), for some thousand points."""
+    # Similarities: bisection, in logarithms, for the precision whose neighbours have the perplexity.
     n = len(x)
     d2 = torch.cdist(x, x).square().fill_diagonal_(math.inf)
-    reach = d2.kthvalue(min(30, n - 1), 1, keepdim=True).values.clamp(min=1e-30)
-    p = torch.softmax(-4.5 * d2 / reach, 1)
+    log_beta = torch.zeros(n, 1)
+    for step in 32 * 0.5 ** torch.arange(24):
+        p = torch.softmax(-log_beta.exp() * d2, 1)
+        too_wide = torch.special.entr(p).sum(1, keepdim=True) > math.log(min(perplexity, (n - 1) / 3))
+        log_beta += torch.where(too_wide, step, -step)
     p = (p + p.T) / (2 * n)
 
     # Gradient descent with momentum, at first with exaggerated similarities.

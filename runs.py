@@ -249,23 +249,17 @@ def local_batch(args):
 
 
 def data_parallel(model):
-    """Wrap a model in DistributedDataParallel, if there are several processes.
-
-    Buffers are left alone: every rank computes the same ones, and a frozen encoder is all buffers.
-    """
+    """Wrap a model in DistributedDataParallel, if there are several processes."""
     if world_size() == 1:
         return model
+    # Buffers are left alone: every rank computes the same ones, and a frozen encoder is all buffers.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer torch renames the flag and gives it another meaning
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def compile_blocks(*models):
-    """Compile every block of the transformers in some models by itself.
-
-    Equal blocks share one graph, and DDP can send the gradients of the last ones while the first are still
-    being computed.
-    """
+    """Compile each block of the transformers in some models: equal ones share a graph, DDP sends each early."""
     torch._dynamo.config.recompile_limit = 64  # two kinds of ViT, training and eval, last batches
     torch._dynamo.config.optimize_ddp = False  # blocks are smaller than its buckets already
     for model in models:
@@ -281,10 +275,7 @@ def seed_step(seed, step, rank=0):
 
 
 def micro_batches(count, models, *tensors):
-    """Yield `count` equal parts of the tensors.
-
-    DDP models exchange gradients only in the last part's backward pass.
-    """
+    """Yield `count` equal parts of the tensors; DDP models exchange gradients in the last part's backward."""
     parts = zip(*(t.chunk(count) for t in tensors), strict=True)
     for i, part in enumerate(parts, 1):
         for model in models:
@@ -296,8 +287,7 @@ def micro_batches(count, models, *tensors):
 def optimizer_step(*optimizers, clip=0.0):
     """Clip each optimiser's gradients and step; if any gradient is not finite, change nothing.
 
-    Returns the first optimiser's gradient norm and whether the step was skipped. Both are tensors on the
-    device, so that the host does not wait.
+    Returns the first one's gradient norm and whether the step was skipped, on the device: nobody waits for it.
     """
     norms = []
     for optimizer in optimizers:
@@ -362,9 +352,9 @@ def millions(**models):
 
 
 def progress(batches, what, total, count=len):
-    """Pass batches on, and show the images done and the time left: every 3 seconds, later less often.
+    """Pass batches on, and show at times how many of `total` images, over all processes, are done, and the rest.
 
-    total: images over all processes, whose shares are equal; count(batch): images of a batch.
+    count(batch): the images of a batch.
     """
     start = time.time()
     shown = start
@@ -452,8 +442,8 @@ def latest_run(stage, **settings):
 class Run:
     """The folder of one training run: only rank 0 writes, and every rank resumes from the same last.pt.
 
-    stage: the kind of its checkpoints. facts: what must not change when the run resumes, besides the flags;
-    trained_on: the fingerprint of the frozen model before it.
+    stage: the kind of its checkpoints; trained_on: the fingerprint of the frozen model before it; facts: what
+    else must not change when the run resumes, besides the flags.
     """
 
     def __init__(self, stage, args, trained_on, **facts):
@@ -498,10 +488,7 @@ class Run:
             pass
 
     def resume(self, state):
-        """Load last.pt into state, {name: module or optimiser}, and return its step; 0 if there is none.
-
-        The log loses its entries after it, so that it has each step once.
-        """
+        """Load last.pt into state, {name: module or optimiser}; return its step, 0 without one. Cut the log there."""
         step = 0
         if self.last.exists():
             checkpoint = files.load_checkpoint(self.last)
@@ -528,10 +515,7 @@ class Run:
         return step
 
     def begin(self):
-        """Begin the training: from here on STOP_SIGNALS end the run after a step and a save.
-
-        Returns whether it is to stop already.
-        """
+        """From here on STOP_SIGNALS end the run after a step and a save; return whether it is to stop now."""
         for signal_number in STOP_SIGNALS:
             signal.signal(signal_number, self.on_signal)
         self.start = time.time()
@@ -605,10 +589,7 @@ class Run:
             files.save_image(self.path / f"preview-{step:07d}.png", image)
 
     def save(self, step, state, about):
-        """Write last.pt, a numbered hard link to it and the loss curve; drop old numbered ones.
-
-        state: as in resume. about: what else the checkpoint holds, for those who load it.
-        """
+        """Write last.pt, with `about` for those who load it, a numbered copy and loss.png; drop old copies."""
         if rank() == 0:
             checkpoint = {**about, "step": step, "trained_on": self.trained_on,
                           **{name: part.state_dict() for name, part in state.items()}}
