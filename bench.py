@@ -5,8 +5,8 @@
     python bench.py sample --batch 64 --steps 5
     python bench.py fid --batch 64
 
-Training is the program itself as a user starts it, its loader included: the second of two intervals of ten steps
-counts, by its own progress line. Sampling and FID are timed in batches. Prints a line of JSON.
+Training is the program itself as a user starts it, its loader included: the second of two intervals of ten
+steps counts, by its own progress line. Sampling and FID are timed in batches. Prints a line of JSON.
 """
 import json
 import re
@@ -94,7 +94,11 @@ def time_fid(args, device):
     """Time Inception features and their moments, of images of 256 pixels."""
     model = Inception().eval().requires_grad_(False).to(device)
     images = torch.randint(256, (args.batch, 256, 256, 3), dtype=torch.uint8)
-    return time_batches(lambda: fid.moments(inception_features(model, images)["features"]), args.batch, device)
+
+    def step():
+        fid.moments(inception_features(model, images)["features"])
+
+    return time_batches(step, args.batch, device)
 
 
 def main():
@@ -111,7 +115,7 @@ def main():
         rate, gib = time_fid(args, device)
     else:
         rate, gib = time_training(name, sys.argv[1:])
-    print(json.dumps({"program": name, "images_per_second": rate, "peak_gib": gib, "torch": torch.__version__,
+    print(json.dumps({"program": name, "images_per_second": rate, "peak_gib": gib,
                       "device": runs.device_name(device), **settings}, default=str))
 
 

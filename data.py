@@ -141,7 +141,7 @@ class ImageFolder(torch.utils.data.Dataset):
 # -- A packed set ------------------------------------------------------------------------------------------
 
 class Packed(torch.utils.data.Dataset):
-    """A folder that `pack` wrote, of centre crops; size: pixels it must have been packed at, if that matters."""
+    """A folder that `pack` wrote, of centre crops; size: the pixels that are needed, if that matters."""
 
     def __init__(self, root, size=None):
         self.root = str(root)
@@ -222,7 +222,7 @@ def in_batches(dataset, indices, batch, workers, what):
 
 
 def stream(length, batch, seed, start):
-    """Yield this rank's items (index, position) of an endless stream of batches, from global batch `start` on.
+    """Yield this rank's items (index, position) of an endless stream of batches, from batch `start` on.
 
     Each epoch is a new permutation of the dataset, one after the other with nothing dropped: a function of
     (seed, position) alone.
@@ -259,8 +259,8 @@ def spread_batches(dataset, count, batch, workers, device):
 class Latents(torch.utils.data.Dataset):
     """The latents of a dataset's images and of their mirror images, encoded once, in half precision.
 
-    Items are (float16 [2, N, C], label, index of a corrupt file or -1). Each process encodes its share, `batch`
-    images at a time, and gets those of all.
+    Items are (float16 [2, N, C], label, index of a corrupt file or -1). Each process encodes its share and
+    gets those of all.
     """
 
     def __init__(self, dataset, ae, batch, workers, device):
@@ -294,7 +294,7 @@ class Latents(torch.utils.data.Dataset):
 # -- python data.py pack -----------------------------------------------------------------------------------
 
 def pack(src, dst, size, workers=0):
-    """Decode and centre-crop an image tree once, without corrupt images, to `dst`, which appears when whole."""
+    """Decode and centre-crop a tree's readable images once, to `dst`, which appears when whole."""
     dst = Path(dst)
     if dst.exists():
         raise UserError(f"{dst} already exists: give another name, or remove it")
@@ -302,7 +302,7 @@ def pack(src, dst, size, workers=0):
     print(f"{runs.describe(dataset, src)} | {size} pixels | {workers} processes | writes {dst}", flush=True)
     part = dst.with_name(f".{dst.name}.part")
     if part.exists():
-        raise UserError(f"{part} is there: a packing that was killed has left it, or one still runs; remove it")
+        raise UserError(f"{part}: a packing that was killed has left it, or one still runs; remove it")
     part.mkdir(parents=True)
     try:
         corrupt = write_images(part / "images.npy", dataset, workers)

@@ -3,8 +3,8 @@
     python demo.py pack                        # demo.pt from the newest --demo runs of both stages
     python demo.py classify samples/           # how many samples show the class they were asked for
 
-docs/results.md has the commands that made demo.pt. Its frozen encoder, a DINOv3 of 0.2M parameters, knows like DINO
-what is where, and colour only coarsely; it was trained by this program at fb018f5.
+docs/results.md has the commands that made demo.pt. Its frozen encoder, a DINOv3 of 0.2M parameters, knows
+like DINO what is where, and colour only coarsely; it was trained by this program at fb018f5.
 """
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def pack(path):
 def judge(images):
     """Return the share of uint8 images [n, 32, 32, 3], of the classes in turn, that show their class.
 
-    A picture shows the class whose mean CLS token, of 1,000 real images by the frozen encoder, is the nearest.
+    A picture shows the class whose mean CLS token, of 1,000 real images, is the nearest to its own.
     """
     encoder = svg.load_encoder(DEMO_PT)
 

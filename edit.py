@@ -51,7 +51,7 @@ def reconstruct(args, device):
         raise UserError(f"{args.folder}: two images of different suffix would become one PNG: rename one")
     out = Path(args.out)
     if Path(args.folder).resolve() in (out.resolve(), *out.resolve().parents):
-        raise UserError(f"--out {out} lies in {args.folder}, whose images are reconstructed: give another --out")
+        raise UserError(f"--out {out} lies in {args.folder}, which is reconstructed: give another --out")
     overview = f"{files.OVERVIEW}/reconstructions.png"
     runs.claim_folder(args, [*targets, overview], {"autoencoder": ae.fingerprint})
     runs.say_start(device, args.precision, f"{args.folder}: {len(dataset):,} images",
@@ -116,7 +116,7 @@ def edit_mask(photo_size, box, size, grid, outside=False):
 
 
 def invert(model, latents, times):
-    """Run the flow back along rising `times` (the last is 1) without class; return the state at each of them."""
+    """Run the flow back along rising `times` (the last is 1) without class; return the state at each."""
     no_class = torch.full(latents.shape[:1], model.num_classes, device=latents.device)
     trajectory = [latents]
     for t, t_before in itertools.pairwise(times[::-1]):
@@ -169,7 +169,8 @@ def redraw(args, device):
     with torch.no_grad(), runs.autocast(device, args.precision):
         image = data.to_float(torch.from_numpy(original)[None], device)
         latents = sit.normalize(ae.encode(image)).float()
-        edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance, args.guidance_interval)
+        edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance,
+                              args.guidance_interval)
         before, after = to_pictures(sit, ae, torch.cat([latents, edited]), args)
     if runs.rank() != 0:
         return

@@ -137,7 +137,7 @@ def read_json(path):
 
 
 def fingerprint(state_dict):
-    """Return the SHA-256 of all names, shapes and float32 values: the same in any file and exact precision."""
+    """Return the SHA-256 of all names, shapes and float32 values, the same in any file."""
     digest = hashlib.sha256()
     for key in sorted(state_dict):
         value = state_dict[key].detach().cpu().float().contiguous()
@@ -192,7 +192,7 @@ DOWNLOADS = {
 
 
 def find_weights(name, weights_dir=None):
-    """Return where a file belongs: a bare name in weights_dir, else $SVG_WEIGHTS, else weights/; a path as it is."""
+    """Return where a file is: a bare name in weights_dir, $SVG_WEIGHTS or weights/; a path as it is."""
     if os.path.sep in str(name):
         return Path(name)
     return Path(weights_dir or os.environ.get("SVG_WEIGHTS") or "weights") / name

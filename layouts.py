@@ -1,4 +1,4 @@
-"""Published weights -> ours: the names and shapes of official, Hugging Face's, torchvision's and diffusers' files.
+"""Published weights -> ours: names and shapes of official, Hugging Face's and torchvision's files.
 
 Each function takes a state dict and raises whatever comes for one of another kind: its callers name the file.
 """
@@ -95,7 +95,7 @@ def detect_architecture(weights, known):
 # -- Autoencoders, and the SVG authors' files --------------------------------------------------------------
 
 def autoencoder_checkpoint(checkpoint):
-    """Return a file's contents as demo.pt has them: an "autoencoder", and the "encoder" if the file holds it."""
+    """Return a file's contents as demo.pt's: an "autoencoder", and the "encoder" if the file holds it."""
     if "autoencoder" in checkpoint:
         return checkpoint
     if "kind" in checkpoint:  # train_ae.py's
@@ -122,7 +122,7 @@ def authors_autoencoder(weights):
 
 
 def authors_sit(weights):
-    """Convert the authors' transformer, of whose doubled head half counts: svg.SiT's arguments, its weights."""
+    """Return svg.SiT's arguments, and its weights, of the authors' file; half of its doubled head counts."""
     weights = {key.replace("ln1.", "x_embedder.", 1).replace("embedding_table.", ""): value
                for key, value in weights.items()}
     grid = 16

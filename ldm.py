@@ -1,6 +1,6 @@
 """The networks of latent diffusion (LDM, arXiv 2112.10752): the decoder, SVG's too, and the baseline VAEs.
 
-    latent map -> Decoder -> image            image -> VAE: a latent with the same methods as svg.Autoencoder's
+    latent map -> Decoder -> image            image -> VAE -> latent, as by svg.Autoencoder
 """
 import functools
 import math
@@ -87,7 +87,7 @@ def middle(c):
 
 
 class Decoder(nn.Module):
-    """[B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest resolution, or in the middle alone."""
+    """[B, z, h, w] -> RGB [B, 3, h*2^(levels-1), ...]; attention at the lowest, or in the middle alone."""
     recompute = False
 
     def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=True):
@@ -100,7 +100,7 @@ class Decoder(nn.Module):
         for level in reversed(range(len(widths))):
             up = nn.Module()
             width = widths[level]
-            up.block = nn.ModuleList([ResnetBlock(c, width), ResnetBlock(width, width), ResnetBlock(width, width)])
+            up.block = nn.ModuleList(ResnetBlock(cin, width) for cin in (c, width, width))
             c = width
             attentive = attention and level == len(widths) - 1
             up.attn = nn.ModuleList(AttnBlock(c) for _ in range(3 if attentive else 0))
@@ -169,8 +169,7 @@ class VAE(nn.Module):
     """SD-VAE (f8d4), VA-VAE (f16d32) and their like, used as svg.Autoencoder is; LDM's parameter names.
 
     A token stands for 16 x 16 pixels: 2 x 2 cells of an f8 map (SiT's patch size 2), one cell of an f16 map.
-    Its channels are in the order of pixel_unshuffle: map channel by map channel, each row by row. ch, ch_mult,
-    attention: as Decoder's.
+    Its channels are in the order of pixel_unshuffle: map channel by map channel, each row by row.
     """
 
     def __init__(self, z_channels, ch, ch_mult, attention, image_size=256):
@@ -198,7 +197,7 @@ class VAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def encode(self, images):
-        """Return latents [B, N, C] of images [B, 3, H, W]: the posterior's mean, in train mode a sample of it."""
+        """Return latents [B, N, C] of images [B, 3, H, W]: the posterior's mean; in train mode a sample."""
         mean, logvar = self.posterior(images)
         if self.training:
             return mean + (logvar / 2).exp() * torch.randn_like(mean)

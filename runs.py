@@ -1,4 +1,4 @@
-"""What every program needs to run: processes, flags, the parts of a training step, progress, the run's folder.
+"""What every program needs to run: processes, flags, parts of a training step, progress, the run's folder.
 
 Nothing here knows the method. `Run` is one training run: runs/<name>/ with config.json, log.jsonl, loss.png,
 last.pt, numbered checkpoints and preview grids.
@@ -234,7 +234,8 @@ def add_speed_flags(parser):
 def add_precision_flag(parser):
     """Add --precision."""
     parser.add_argument(
-        "--precision", choices=("fp32", "tf32", "bf16"), default="bf16" if torch.cuda.is_available() else "fp32",
+        "--precision", choices=("fp32", "tf32", "bf16"),
+        default="bf16" if torch.cuda.is_available() else "fp32",
         help="of the models' arithmetic; weights, losses, statistics and the sampler's state are fp32")
 
 
@@ -259,7 +260,7 @@ def data_parallel(model):
 
 
 def compile_blocks(*models):
-    """Compile each block of the transformers in some models: equal ones share a graph, DDP sends each early."""
+    """Compile each block of the transformers in some models, of which equal ones share a graph."""
     torch._dynamo.config.recompile_limit = 64  # two kinds of ViT, training and eval, last batches
     torch._dynamo.config.optimize_ddp = False  # blocks are smaller than its buckets already
     for model in models:
@@ -287,7 +288,7 @@ def micro_batches(count, models, *tensors):
 def optimizer_step(*optimizers, clip=0.0):
     """Clip each optimiser's gradients and step; if any gradient is not finite, change nothing.
 
-    Returns the first one's gradient norm and whether the step was skipped, on the device: nobody waits for it.
+    Returns the first one's gradient norm and whether the step was skipped, on the device, unawaited.
     """
     norms = []
     for optimizer in optimizers:
@@ -352,7 +353,7 @@ def millions(**models):
 
 
 def progress(batches, what, total, count=len):
-    """Pass batches on, and show at times how many of `total` images, over all processes, are done, and the rest.
+    """Pass batches on, and show at times how many of `total` images, over all processes, are done.
 
     count(batch): the images of a batch.
     """
@@ -373,8 +374,8 @@ def progress(batches, what, total, count=len):
 # -- Folders that a program writes -------------------------------------------------------------------------
 
 # Flags that do not decide what pictures show: where things lie, and speed.
-PLACE_FLAGS = {"function", "default_out", "out", "overwrite", "npz", "export", "weights", "demo", "ckpt", "ae",
-               "any_ae", "latent_stats", "batch", "workers", "compile"}
+PLACE_FLAGS = {"function", "default_out", "out", "overwrite", "npz", "export", "weights", "demo", "ckpt",
+               "ae", "any_ae", "latent_stats", "batch", "workers", "compile"}
 
 
 def claim_folder(args, names, models):
@@ -394,7 +395,8 @@ def claim_folder(args, names, models):
         written = set(record.get("files", []))
         found = {path.name for path in out.iterdir()}
         if record:  # a link would lead out of the folder; pathlib lists it, and does not follow it
-            found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file() or path.is_symlink()}
+            found = {str(path.relative_to(out)) for path in out.rglob("*")
+                     if path.is_file() or path.is_symlink()}
             found = {name for name in found - {files.RECORD} if not re.search(r"(^|/)\.", name)}
         if found - written:
             raise UserError(f"--out {out} holds {min(found - written)}, which is not of this program: give "
@@ -473,8 +475,8 @@ class Run:
         changed = [f"{name} {value} (was {before[name]})" for name, value in config.items()
                    if name not in FREE_FLAGS and before.get(name, value) != value]
         if changed and self.last.exists():
-            raise UserError(f"{self.path} holds a different run: {'; '.join(changed)}; give the same flags to "
-                            f"resume it, or another --name")
+            raise UserError(f"{self.path} holds a different run: {'; '.join(changed)}; give the same flags "
+                            f"to resume it, or another --name")
 
     def lock_folder(self):
         """Lock the folder until the run ends, in whatever way; loading processes do not inherit the lock."""
@@ -488,7 +490,7 @@ class Run:
             pass
 
     def resume(self, state):
-        """Load last.pt into state, {name: module or optimiser}; return its step, 0 without one. Cut the log there."""
+        """Load last.pt into state, {name: module or optimiser}, cut the log there, return the step or 0."""
         step = 0
         if self.last.exists():
             checkpoint = files.load_checkpoint(self.last)
@@ -555,8 +557,8 @@ class Run:
         # The host waits for a GPU to read it.
         if (skipped.device.type == "cpu" or step % MAX_SKIPPED == 0) and self.skipped_in_a_row >= MAX_SKIPPED:
             raise UserError(f"no finite gradient for {int(self.skipped_in_a_row)} steps, up to step {step}: "
-                            f"stopped; the last good checkpoint, if any, is {self.last}; to resume with other "
-                            f"flags (--clip 1, a lower --lr, --precision fp32) copy it into a new run: "
+                            f"stopped; the last good checkpoint, if any, is {self.last}; to resume with "
+                            f"other flags (--clip 1, a lower --lr, --precision fp32) copy it into a new run: "
                             f"runs/NAME/last.pt, --name NAME")
         if step % self.args.log_every == 0 or step == self.args.steps:
             self.log(step, list(values), new.device)
@@ -577,7 +579,8 @@ class Run:
         text = "".join(f"  {name} {value:.4g}" for name, value in entry.items())
         if skipped:
             text += f"  {skipped} skipped"
-        say(f"step {step}/{self.args.steps}{text}  {rate:.1f} images/s  {left} left  {peak_gib(device):.1f} GiB")
+        say(f"step {step}/{self.args.steps}{text}  {rate:.1f} images/s  {left} left  "
+            f"{peak_gib(device):.1f} GiB")
         entry = {"step": step, **entry, "skipped": skipped, "images_per_second": round(rate, 2),
                  "seconds": round(time.time() - self.start, 1), "corrupt": corrupt}
         with open(self.path / "log.jsonl", "a") as file:
@@ -589,7 +592,7 @@ class Run:
             files.save_image(self.path / f"preview-{step:07d}.png", image)
 
     def save(self, step, state, about):
-        """Write last.pt, with `about` for those who load it, a numbered copy and loss.png; drop old copies."""
+        """Write last.pt, with `about` for its readers, a numbered copy and loss.png; drop old copies."""
         if rank() == 0:
             checkpoint = {**about, "step": step, "trained_on": self.trained_on,
                           **{name: part.state_dict() for name, part in state.items()}}

@@ -99,7 +99,7 @@ def find_models(args, device, decode_only=True):
     trained_on = sit.meta.get("autoencoder", {})
     ae_path = args.ae or trained_on.get("path")
     if not ae_path or not os.path.exists(ae_path):
-        raise UserError(f"{path} needs its autoencoder, {ae_path or 'which it does not name'}: name it by --ae")
+        raise UserError(f"{path} needs its autoencoder, {ae_path or 'not named there'}: name it by --ae")
     ae = svg.load_autoencoder(ae_path, decode_only=decode_only, weights_dir=args.weights).to(device)
     if (sit.channels, sit.grid) != (ae.channels, ae.grid):
         raise UserError(f"{path} makes latents of {sit.grid}x{sit.grid}x{sit.channels}, the autoencoder "

@@ -10,7 +10,7 @@ Read from top to bottom. The paper's symbols and the shapes:
     x_t    noisy latent   (1-t) noise + t z
     v      velocity       [B, N, C], what the transformer answers: the mean of z - noise, given x_t
 
-The decoder is in `ldm.py`. `train_ae.py` and `train_dit.py` train it, `sample.py` draws samples from it, `fid.py` scores them.
+`ldm.py` has the decoder. `train_ae.py` and `train_dit.py` train it, `sample.py` draws samples from it.
 """
 import itertools
 import math
@@ -134,10 +134,10 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A plain vision transformer; parameter names are those of the official DINO files.
 
-    Images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, prefix + h*w, dim]; the prefix is CLS (if
-    cls) and registers. grid: None for DINOv3's rotary positions, n for a learned position embedding of CLS and
-    n*n patches, resized (bicubic) to other grids in one of the two ways of DINOv2's releases: `offset` or
-    `antialias`. imagenet: whether the caller normalises images by ImageNet's statistics, or leaves [-1, 1].
+    Images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, prefix + h*w, dim]; the prefix is CLS
+    (if cls) and registers. grid: None for DINOv3's rotary positions, n for a learned position embedding of
+    CLS and n*n patches, resized (bicubic) in one of the two ways of DINOv2's releases: `offset`, `antialias`.
+    imagenet: whether the caller normalises images by ImageNet's statistics, or leaves them in [-1, 1].
     """
 
     def __init__(self, patch, dim, depth, heads, grid=None, registers=0, swiglu=False, layer_scale=True,
@@ -232,8 +232,8 @@ def imagenet_normalize(images):
 class Encoder(nn.Module):
     """A frozen ViT: images [B, 3, H, W] in [-1, 1] -> patch tokens [B, N, D].
 
-    Its weights are buffers outside the state dict, not parameters: no `.train()` (in which DINOv3 would jitter
-    its coordinates), `.requires_grad_()`, optimiser or checkpoint of what contains it can reach them.
+    Its weights are buffers outside the state dict: no `.train()` (in which DINOv3 would jitter coordinates),
+    `.requires_grad_()`, optimiser or checkpoint of what contains it can reach them.
     """
 
     def __init__(self, vit, name, file):
@@ -343,7 +343,7 @@ def token_statistics(batches, channels):
 # -- The autoencoder: image <-> latent ---------------------------------------------------------------------
 
 def level_factors(image_size, grid):
-    """Return a decoder's width at each level in units of that at full resolution: (1, 1, 2, 2, 4) for 256, 16."""
+    """Return a decoder's width by level in units of that at full resolution: (1, 1, 2, 2, 4) for 256, 16."""
     ratio = image_size // grid
     if grid * ratio != image_size or ratio & (ratio - 1):
         raise UserError(f"--image-size {image_size} over --grid {grid} is not a power of two; "
@@ -355,9 +355,9 @@ def level_factors(image_size, grid):
 class Autoencoder(nn.Module):
     """Frozen encoder + residual encoder -> aligned latent [B, N, C]; decoder -> image.
 
-    encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). grid: tokens per side,
-    by default one per 16 pixels; image_size / grid must be a power of two, and images of any size that it
-    divides work too. residual, decoder: arguments of their networks. align: "none" for the ablation of table 4.
+    encoder: a frozen Encoder, or None for decoding only (then give `feature_channels`). grid: tokens per
+    side, by default one per 16 pixels; image_size / grid must be a power of two, and images of any size that
+    it divides work too. residual, decoder: their arguments. align: "none" is the ablation of table 4.
     """
 
     def __init__(self, encoder, residual_channels=8, image_size=256, grid=None, mask_ratio=0.1, residual=None,
@@ -483,7 +483,7 @@ class Autoencoder(nn.Module):
 def load_autoencoder(path, encoder=None, decode_only=False, weights_dir=None):
     """Load an autoencoder in eval mode: ours, demo.pt, the authors' Lightning checkpoint, or a VAE's file.
 
-    encoder: a frozen Encoder to use; default: that in the file, or the recorded one. decode_only: none at all.
+    encoder: a frozen Encoder; default: that in the file, or the recorded one. decode_only: none at all.
     """
     with files.reading(path, "an autoencoder (of train_ae.py, the authors', a VAE of LDM or diffusers)"):
         checkpoint = layouts.autoencoder_checkpoint(load_checkpoint(path))
@@ -649,8 +649,8 @@ class SiT(nn.Module):
         """Set the latents' mean and std [C]; UserError for those of other latents."""
         fit = mean.shape == std.shape == self.latent_mean.shape
         if not fit or not (mean.isfinite() & (std > 0) & std.isfinite()).all():
-            raise UserError(f"latent statistics of {mean.numel()} channels are not {self.channels} finite means "
-                            f"and deviations above 0")
+            raise UserError(f"latent statistics of {mean.numel()} channels are not {self.channels} finite "
+                            f"means and deviations above 0")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 

@@ -298,7 +298,7 @@ class OtherEncoders(Case):
                 ({key: tower[key][:196]}, r"pos_embed.*\[1, 196, 768\].*\[1, 256, 768\]"),
                 ({"extra": torch.zeros(1)}, "Unexpected.*extra"),
                 ({"embeddings.patch_embedding.weight": torch.zeros(768, 3, 8, 8)},
-                 "'patch': 8, 'registers': 0, 'swiglu': False, 'cls': False} is none of .*siglip2_vitb16_256")):
+                 "'patch': 8, 'registers': 0, 'swiglu': False, 'cls': False} is none of .*siglip2")):
             with self.assertRaisesRegex(UserError, f"tower.safetensors: .*{words}"):
                 svg.encoder_from_weights({**tower, **change}, "tower.safetensors")
 

@@ -37,7 +37,7 @@ def parse_args():
         help="no LayerNorm of queries and keys (an ablation: the authors' run without it diverged)")
     add("--ae", help="stage-1 checkpoint, ours or the authors', or a VAE in LDM's or diffusers' layout; "
         "default: the newest run")
-    add("--latent-stats", help="file of the latents' mean and std, the authors' or an .npz, instead of measuring")
+    add("--latent-stats", help="file of the latents' mean and std, authors' or .npz (default: measured)")
     add("--cache", action="store_true", help="encode all images and their mirror images once, at the start, "
         "and keep the latents in memory in half precision: 4 bytes times tokens times channels an image")
     add("--shift", type=runs.number(above=0), default=0.4, help="timestep shift in training (RAE's rule, "
@@ -70,8 +70,7 @@ def open_autoencoder(args, device):
     ae = svg.load_autoencoder(path, weights_dir=args.weights).to(device).requires_grad_(False)
     if isinstance(ae, svg.VAE):
         ae.train()  # it then draws samples of its posterior, on which latent diffusion is trained
-    at = f" at step {ae.step}" if ae.step else ""
-    runs.say(f"autoencoder {path}{at}, fingerprint {ae.fingerprint[:12]}")
+    runs.say(f"autoencoder {path}, step {ae.step or 'unknown'}, fingerprint {ae.fingerprint[:12]}")
     return ae, path
 
 
@@ -82,7 +81,7 @@ def encode_flipped(ae, images, flip):
 
 
 def choose_flipped(latents, flip):
-    """encode_flipped with --cache: of the latents [B, 2, N, C] of images and mirror images those asked for."""
+    """encode_flipped with --cache: choose from latents [B, 2, N, C] of images and mirror images."""
     plain, mirrored = latents.to(flip.device, non_blocking=True).float().unbind(1)
     return torch.where(flip.view(-1, 1, 1), mirrored, plain)
 
@@ -116,7 +115,7 @@ def main():
     mine = slice(runs.rank() * local_batch, (runs.rank() + 1) * local_batch)  # of the global batch
 
     def train_step(step, images, y):
-        """Step the optimiser on images, as latents_of takes them, and labels: loss, gradient norm, if skipped."""
+        """Step the optimiser on images, or their latents, and labels: loss, gradient norm, if skipped."""
         runs.seed_step(args.seed, step)  # every rank draws for the whole batch, whatever their number
         flip, drop, uniform = torch.rand(3, args.batch, device=device)[:, mine]
         noise = torch.randn(args.batch, ae.grid ** 2, ae.channels, device=device)[mine]

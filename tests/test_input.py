@@ -48,7 +48,8 @@ DAMAGED_FILES = [
     *[(f"sample --ckpt {file}", file) for file in (
         "text.pt", "half.pt", "list.pt", "ema.pt", "mlp.pth", "nowhere.pt", "sit.pt")],
     *[(f"sample --ckpt sit-{damage}.pt", f"sit-{damage}.pt", word) for damage, word in (
-        ("config", "KeyError"), ("lacks", "Missing key"), ("flipped", "fingerprint"), ("nan", "fingerprint"))],
+        ("config", "KeyError"), ("lacks", "Missing key"), ("flipped", "fingerprint"),
+        ("nan", "fingerprint"))],
     # An autoencoder.
     *[(f"train_dit --demo --name new --ae {file}", file) for file in (
         "text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt", "ae-config.pt",
@@ -202,7 +203,8 @@ class BadInput(Case):
 
     def write_record(self, folder, names):
         """A folder's record of an earlier run of sample.py."""
-        files.write_json(f"{folder}/record.json", {"program": "SVG", "settings": {"steps": 3}, "files": names})
+        record = {"program": "SVG", "settings": {"steps": 3}, "files": names}
+        files.write_json(f"{folder}/record.json", record)
 
     def write_damaged_checkpoints(self):
         """Both stages' checkpoints with one thing wrong in each."""

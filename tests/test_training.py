@@ -427,7 +427,7 @@ main = train_dit.main
 
     def test_stage_2_says_which_autoencoder_it_takes(self):
         shutil.copytree(trained() / "runs/demo-ae", "runs/demo-ae")
-        self.assertIn("autoencoder runs/demo-ae/last.pt at step 4, fingerprint", ok(MINI_DIT + " --steps 1"))
+        self.assertIn("autoencoder runs/demo-ae/last.pt, step 4, fingerprint", ok(MINI_DIT + " --steps 1"))
 
     def test_progress_is_shown_every_log_every_steps_and_in_long_loops_by_the_time(self):
         out = ok(MINI_DIT + f" --ae {trained()}/runs/demo-ae/last.pt --steps 6 --log-every 5")
