@@ -21,13 +21,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
-import files
-import runs
-import shapes
 import svg
-from files import UserError
-from perceptual import LPIPS, inception_features, load_inception
+from lib import data, files, runs, shapes
+from lib.files import UserError
+from lib.perceptual import LPIPS, inception_features, load_inception
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 ADM_REFERENCE = "VIRTUAL_imagenet256_labeled.npz"

@@ -17,14 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data
-import figures
-import files
-import layouts
-import runs
-import shapes
 import svg
-from files import UserError
+from lib import data, figures, files, layouts, runs, shapes
+from lib.files import UserError
 
 # -- Flags and models, also for editing and probes ---------------------------------------------------------
 

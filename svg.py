@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import files
-import layouts
-from files import UserError, load_checkpoint, save_checkpoint  # noqa: F401 (also svg.save_checkpoint)
-from ldm import VAE, Decoder, run_block
-from runs import all_reduce, world_size
+from lib import files, layouts
+from lib.files import UserError, load_checkpoint, save_checkpoint  # noqa: F401 (also svg.save_checkpoint)
+from lib.ldm import VAE, Decoder, run_block
+from lib.runs import all_reduce, world_size
 
 # -- Image -> tokens: one vision transformer for every frozen encoder and for the residual encoder ---------
 

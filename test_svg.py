@@ -16,16 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
-import files
-import layouts
-import ldm
 import sample
-import shapes
 import svg
 import train_ae
 import train_dit
-from files import UserError
+from lib import data, files, layouts, ldm, shapes
+from lib.files import UserError
 from tests.helpers import (
     GOLDEN,
     MANIFESTS,

@@ -17,14 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.nn.functional import all_reduce as all_reduce_with_gradient
 
-import data
-import figures
-import files
-import runs
-import shapes
 import svg
-from files import UserError
-from perceptual import LPIPS
+from lib import data, figures, files, runs, shapes
+from lib.files import UserError
+from lib.perceptual import LPIPS
 
 DEMO = {  # what --demo changes: sizes, schedule, and the losses that need a download
     "data": "shapes://train", "name": "demo-ae", "encoder": str(shapes.DEMO_PT), "image_size": shapes.SIZE,

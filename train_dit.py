@@ -12,13 +12,9 @@ import re
 
 import torch
 
-import data
-import figures
-import files
-import layouts
-import runs
 import svg
-from files import UserError
+from lib import data, figures, files, layouts, runs
+from lib.files import UserError
 
 DEMO = {  # what --demo changes
     "data": "shapes://train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 2700,

@@ -25,13 +25,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data
-import files
-import runs
-import shapes
 import svg
 import train_ae
 import train_dit
+from lib import data, files, runs, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"  # real weights and images; tests that need them skip without
@@ -137,15 +134,19 @@ class Case(unittest.TestCase):
             self.refused(command, *words)
 
 
+# Programs that are modules of a folder.
+MODULES = {"data": "lib.data", **{name: f"lab.{name}" for name in ("edit", "probe", "demo", "bench")}}
+
+
 def run(command, *more):
-    """A script's real main in this process: "sample --steps 5" -> (exit code, stdout, stderr)."""
+    """A program's real main in this process: "sample --steps 5" -> (exit code, stdout, stderr)."""
     script, *flags = *command.split(), *map(str, more)
     out, err, code = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in runs.STOP_SIGNALS}
     with mock.patch("sys.argv", [f"{script}.py", *flags]), contextlib.redirect_stdout(out), \
             contextlib.redirect_stderr(err):
         try:
-            runs.run_main(importlib.import_module(script).main)
+            runs.run_main(importlib.import_module(MODULES.get(script, script)).main)
         except SystemExit as e:
             code = e.code
         finally:
@@ -166,7 +167,7 @@ def start(command, *more, processes=1, torchrun=(), **settings):
     script, *flags = *command.split(), *map(str, more)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun,
                 "--"]
-    command = [sys.executable, *launcher * (processes > 1), str(ROOT / "tests/start.py"), script, *flags]
+    command = [sys.executable, *launcher * (processes > 1), str(ROOT / "tests/start.py"), MODULES.get(script, script), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:.",
                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -2,9 +2,9 @@
 import importlib
 import sys
 
-import runs
 import train_ae
 import train_dit
+from lib import runs
 
 train_ae.ALIGNMENT_IMAGES = 16
 train_dit.LATENT_IMAGES = 64

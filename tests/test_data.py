@@ -8,9 +8,8 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-import data
-import shapes
 import svg
+from lib import data, shapes
 from tests.helpers import DIT_DATA, REAL_DATA, Case, ok, run, trained, write_pictures
 
 
@@ -65,7 +64,7 @@ class Data(Case):
         whole = next(iter(data.stream(100, 8, 0, 13)))
         shares = []
         for rank in range(2):
-            with mock.patch("runs.rank", lambda rank=rank: rank), mock.patch("runs.world_size", lambda: 2):
+            with mock.patch("lib.runs.rank", lambda rank=rank: rank), mock.patch("lib.runs.world_size", lambda: 2):
                 shares += next(iter(data.stream(100, 8, 0, 13)))
         self.assertEqual(shares, whole)
 
@@ -143,7 +142,7 @@ class PackedData(Case):
                 raise KeyboardInterrupt
             return real(path)
 
-        with mock.patch("data.open_rgb", interrupted):
+        with mock.patch("lib.data.open_rgb", interrupted):
             self.assertEqual(run("data pack tree packed --size 16 --workers 0")[0], 130)
         self.assertEqual(os.listdir(), ["tree"])
         ok("data pack tree packed --size 16 --workers 0")

@@ -1,8 +1,8 @@
 """The shipped model."""
 import numpy as np
 
-import demo
-import shapes
+from lab import demo
+from lib import shapes
 from tests.helpers import ROOT, Case, ok, pictures
 
 

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data
-import edit
-import shapes
 import svg
+from lab import edit
+from lib import data, shapes
 from tests.helpers import Case, demo_images, ok, pictures, write_pictures
 
 

@@ -15,11 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data
 import fid
-import files
-import shapes
-from perceptual import LPIPS
+from lib import data, files, shapes
+from lib.perceptual import LPIPS
 from tests.helpers import GOLDEN, REAL, Case, image, normal, ok, pictures, run, shell, weights, write_pictures
 
 CPU = torch.device("cpu")

@@ -6,9 +6,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-import files
 import svg
-from files import UserError
+from lib import files
+from lib.files import UserError
 from tests.helpers import Case
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-import files
+from lib import files
 from tests.helpers import (
     DIT_DATA,
     MINI_AE,
@@ -238,12 +238,12 @@ class BadInput(Case):
         self.refuse_all(DO_NOT_BELONG_TOGETHER)
 
     def test_a_batch_that_does_not_divide_by_the_processes_is_refused(self):
-        with mock.patch("runs.world_size", lambda: 3), mock.patch("runs.barrier"):
+        with mock.patch("lib.runs.world_size", lambda: 3), mock.patch("lib.runs.barrier"):
             self.refused(NEW_AE, "--batch 8", "3 processes")
             self.refused(NEW_DIT, "--batch 8", "3 processes")
 
     def test_processes_that_see_different_disks_are_refused(self):
-        with mock.patch("runs.gather", lambda step: [step, step + 1]):
+        with mock.patch("lib.runs.gather", lambda step: [step, step + 1]):
             self.refused(MINI_AE + " --steps 4 --save-every 2", "runs/demo-ae/last.pt", "shared disk")
 
     def test_only_what_the_record_lists_is_replaced(self):

@@ -16,13 +16,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data
-import dense
-import maps
-import probe
 import sample
-import shapes
 import svg
+from lab import dense, maps, probe
+from lib import data, shapes
 from tests.helpers import Case, ok, run, start, trained, write_pictures
 
 ENCODER = f"--encoder {shapes.DEMO_PT}"
@@ -75,14 +72,14 @@ class Command(ProbeCase):
         self.assertIn("NYUv2's layout", out)
         self.assertRegex(out, r"--epochs EPOCHS\s+passes over the training images \(default: 25\)")
         self.assertNotIn("--cache", out)
-        self.assertIn("python probe.py pca --class 207", run("probe --help")[1])
+        self.assertIn("python -m lab.probe pca --class 207", run("probe --help")[1])
 
     def test_numbers_come_before_the_files_and_none_is_no_json_number(self):
         settings = argparse.Namespace(out=".", probe="toy")
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
             probe.report(settings, {"a": math.nan, "b": {"c": math.inf, "d": 0.123456}, "e": np.float64(2)})
-            with mock.patch("files.write_atomically", side_effect=OSError), self.assertRaises(OSError):
+            with mock.patch("lib.files.write_atomically", side_effect=OSError), self.assertRaises(OSError):
                 probe.report(settings, {"a": 0.5})
         written = json.loads(Path("toy.json").read_text(), parse_constant=self.fail)
         self.assertEqual((written["a"], written["b"], written["e"]), (None, {"c": None, "d": 0.1235}, 2))
@@ -117,10 +114,10 @@ class Classification(ProbeCase):
     def test_linear_probe_with_cached_and_with_fresh_crops(self):
         real = shapes.dataset
         counts = {"shapes://train": 300, "shapes://val": 100}
-        with mock.patch("shapes.dataset", lambda name, count=None: real(name, counts[name])):
+        with mock.patch("lib.shapes.dataset", lambda name, count=None: real(name, counts[name])):
             self.assertGreater(self.numbers("classify --demo --batch 50")["top1"], 0.85)
             with mock.patch.dict(probe.DEMO["classify"], cache=False), \
-                    mock.patch("probe.random_resized_crops", wraps=probe.random_resized_crops) as cropped:
+                    mock.patch("lab.probe.random_resized_crops", wraps=probe.random_resized_crops) as cropped:
                 crops = self.numbers("classify --demo --features latent --batch 50 --epochs 2 --lr 0.02")
         self.assertEqual(sum(len(call.args[0]) for call in cropped.mock_calls), 2 * 300)  # not the test's
         self.assertGreater(crops["top1"], 0.3)
@@ -186,7 +183,7 @@ class Dense(ProbeCase):
         unknown = np.zeros((44, 60), np.uint16)
         Image.fromarray(unknown).save("depth/test/room/sync_depth_1.png")  # left out
         log_depth = torch.linspace(0, 1, 4).expand(1, 1, 3, 4)
-        with mock.patch("dense.sliding", lambda predict, x, args: log_depth):
+        with mock.patch("lab.dense.sliding", lambda predict, x, args: log_depth):
             numbers = self.numbers(f"depth --data depth {SMALL} --batch 2 --epochs 1")
         errors = np.abs(math.exp(0.5) - np.array([1.5, 6]))
         self.assertAlmostEqual(numbers["RMSE_m"], np.sqrt((errors ** 2).mean()), delta=1e-3)
@@ -197,7 +194,7 @@ class Dense(ProbeCase):
         write_dense("segment", "segment")  # half class 3, half class 150
         everywhere_3 = torch.zeros(1, 150, 1, 1)
         everywhere_3[0, 2] = 1
-        with mock.patch("dense.sliding", lambda predict, x, args: everywhere_3):
+        with mock.patch("lab.dense.sliding", lambda predict, x, args: everywhere_3):
             numbers = self.numbers(f"segment --data segment {SMALL} --batch 2 --steps 1")
         self.assertEqual((numbers["mIoU"], numbers["mAcc"]), (0.25, 0.5))
 
@@ -260,8 +257,8 @@ class Spaces(ProbeCase):
     def test_space_takes_some_classes_and_as_many_images_of_each(self):
         for name in "abcde":
             write_pictures(f"tree/{name}", 6, first=100 * ord(name))
-        with mock.patch("probe.separability", wraps=probe.separability) as separability, \
-                mock.patch("maps.space_picture", wraps=maps.space_picture) as picture:
+        with mock.patch("lab.probe.separability", wraps=probe.separability) as separability, \
+                mock.patch("lab.maps.space_picture", wraps=maps.space_picture) as picture:
             numbers = self.numbers(f"space --data tree {SMALL} --classes 3 --images 14")
         self.assertEqual((numbers["images"], numbers["classes"], numbers["chance"]), (12, 3, 0.3333))
         self.assertEqual(separability.call_args_list[0].args[1].tolist(), [0] * 4 + [1] * 4 + [2] * 4)
@@ -312,8 +309,8 @@ class Spaces(ProbeCase):
             found.extend(sample.find_models(*args, **settings))
             return found
 
-        with mock.patch("probe.find_models", find_models), \
-                mock.patch("maps.component_picture", wraps=maps.component_picture) as picture:
+        with mock.patch("lab.probe.find_models", find_models), \
+                mock.patch("lab.maps.component_picture", wraps=maps.component_picture) as picture:
             self.numbers("pca --demo --class 3 --seed 5")
         sit, ae, _ = found
         times = svg.euler_times(25, 0.4)
@@ -426,7 +423,7 @@ class Refusals(Case):
                     Path(label).write_text(content)
                 elif content is not None:
                     Image.fromarray(content).save(label)
-            with mock.patch("dense.random_crops", side_effect=AssertionError("no training before this")):
+            with mock.patch("lab.dense.random_crops", side_effect=AssertionError("no training before this")):
                 self.refused(f"probe {task} {SMALL} --data set", *words)
             shutil.rmtree("set")
 

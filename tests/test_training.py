@@ -17,11 +17,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-import data
-import files
-import runs
-import shapes
 import svg
+from lib import data, files, runs, shapes
 from tests.helpers import (
     MINI_AE,
     MINI_DIT,
@@ -309,7 +306,7 @@ class Training(Case):
                             os.kill(os.getpid(), number)  # in the middle of the second step
                         real(seed, step, *rank)
 
-                    with mock.patch("runs.seed_step", seed_step):
+                    with mock.patch("lib.runs.seed_step", seed_step):
                         self.assertEqual(self.train("stopped", *flags, ae=ae)["step"], 2)
                     with open("runs/stopped/log.jsonl", "a") as f:
                         f.write('{"step": 3, "lo')  # what a full disk leaves of a line
@@ -333,7 +330,8 @@ class Training(Case):
         shell(command, "whole", processes=2)
         # One rank gets a signal in step 2; once gone on, the other dies in step 5 and torchrun restarts both.
         Path("faulty.py").write_text("""
-import os, signal, sys, torch, train_dit, runs
+import os, signal, sys, torch, train_dit
+from lib import runs
 real = runs.seed_step
 def seed_step(seed, step, *rank):
     if runs.rank() == 1 and step == 1 and not os.path.exists("runs/faulty/last.pt"):

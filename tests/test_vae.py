@@ -11,11 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
-import files
-import ldm
 import svg
-from files import UserError
+from lib import data, files, ldm
+from lib.files import UserError
 from tests.helpers import (
     MANIFESTS,
     Case,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import files
+from lib import files
 
 # -- LPIPS (VGG16) -----------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ class LPIPS(nn.Module):
             weights = files.load_checkpoint(vgg)
             with files.reading(vgg, "torchvision's VGG16"):
                 self.load_state_dict({k: v for k, v in weights.items() if not k.startswith("classifier.")})
-        heads = files.load_npz(Path(__file__).parent / "assets" / "lpips_vgg_heads.npz")
+        heads = files.load_npz(Path(__file__).parent.parent / "assets" / "lpips_vgg_heads.npz")
         constants = {f"head{i}": heads[f"lin{i}"] for i in range(5)}
         constants |= {"shift": np.float32([-.030, -.088, -.188]), "scale": np.float32([.458, .448, .450])}
         for name, value in constants.items():

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import torch
 
-import files
+from lib import files
 
 # -- Vision transformers -----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Segmentation and depth from frozen features, for probe.py: pairs of images and targets, a pyramid head.
+"""Segmentation and depth from frozen features, for lab.probe: pairs of images and targets, a pyramid head.
 
 A target [H, W] holds class numbers from 1, or metres; 0 is unknown. `args` are the flags of segment or depth.
 """
@@ -14,11 +14,8 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, default_collate
 
-import data
-import files
-import runs
-import shapes
-from files import UserError
+from lib import data, files, runs, shapes
+from lib.files import UserError
 
 # -- Pairs of images and targets ---------------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
 """Every number about features: what frozen features know, how a latent space is laid out (paper, 3.2, 4.3).
 
-    python probe.py classify --data imagenet --ae runs/ae/last.pt       # linear head: top-1, top-5
-    python probe.py segment --data ADEChallengeData2016 --features latent              # FPN head: mIoU, mAcc
-    python probe.py depth --data nyu/official_splits                    # FPN head: RMSE, A.Rel
-    python probe.py space --data imagenet/val                           # separability and t-SNE (figure 4a)
-    python probe.py pca --class 207                                     # hidden states (figures 10, 11)
-    python probe.py features --encoder dinov2_vits14_pretrain.pth --images a.jpg b.jpg
-    python probe.py toy                                                 # mean velocity fields (figure 4b)
+    python -m lab.probe classify --data imagenet --ae runs/ae/last.pt       # linear head: top-1, top-5
+    python -m lab.probe segment --data ADEChallengeData2016 --features latent              # FPN head: mIoU, mAcc
+    python -m lab.probe depth --data nyu/official_splits                    # FPN head: RMSE, A.Rel
+    python -m lab.probe space --data imagenet/val                           # separability and t-SNE (figure 4a)
+    python -m lab.probe pca --class 207                                     # hidden states (figures 10, 11)
+    python -m lab.probe features --encoder dinov2_vits14_pretrain.pth --images a.jpg b.jpg
+    python -m lab.probe toy                                                 # mean velocity fields (figure 4b)
 
 Each takes --help, and all but features and toy take --demo: a run of a minute on a CPU without download.
 --features chooses encoder, residual, latent (both) or pixels. Numbers and pictures go to probes/<probe>.json
@@ -25,14 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import data
-import dense
-import files
-import maps
-import runs
-import shapes
 import svg
-from files import UserError
+from lab import dense, maps
+from lib import data, files, runs, shapes
+from lib.files import UserError
 from sample import add_model_flags, class_numbers, find_models
 
 # -- Frozen features ---------------------------------------------------------------------------------------
@@ -446,7 +442,7 @@ def main():
     args = parse_args()
     args.device = runs.setup()
     if runs.world_size() > 1:
-        raise UserError("probe.py runs as one process: start it without torchrun")
+        raise UserError("lab.probe runs as one process: start it without torchrun")
     out = Path(args.out)
     if "settings" not in files.read_json(out / f"{args.probe}.json") and any(out.glob(f"{args.probe}.*")):
         raise UserError(f"{out}/{args.probe}.* is there and not of this program: give another --out")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from figures import grid_image
+from lib.figures import grid_image
 
 # -- Many dimensions -> two, or three colours --------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Pictures from pictures, and walks through noise: reconstruct, redraw, interpolate.
 
-    python edit.py reconstruct val/ --out reconstructions            # encode and decode images of a folder
-    python edit.py redraw photo.jpg --box 60,40,200,180 --class 207  # paper, appendix C
-    python edit.py interpolate --class 207 --seeds 1 2 --frames 8    # paper, appendix D
+    python -m lab.edit reconstruct val/ --out reconstructions            # encode and decode images of a folder
+    python -m lab.edit redraw photo.jpg --box 60,40,200,180 --class 207  # paper, appendix C
+    python -m lab.edit interpolate --class 207 --seeds 1 2 --frames 8    # paper, appendix D
 
 Each takes --help. Each writes its pictures into a folder, with a record (record.json) and a labelled overview
 (overview/) in it.
@@ -19,12 +19,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
-import figures
-import files
-import runs
 import svg
-from files import UserError
+from lib import data, figures, files, runs
+from lib.files import UserError
 from sample import (
     add_flow_flags,
     add_model_flags,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-import files
+from lib import files
 
 # -- Latent -> image: the VQGAN/LDM decoder ----------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Images: decoding and cropping, folders, packed sets, latents in memory, the reproducible stream of a run.
 
-    python data.py pack imagenet/train imagenet/train-256     # decode a tree of class folders once
+    python -m lib.data pack imagenet/train imagenet/train-256     # decode a tree of class folders once
 
 Every dataset here maps an item (index, position) to (uint8 [size, size, 3], label, index of a corrupt file
 or -1), and has `classes`, `labels` and `name(index)`. `position` is the item's place in the endless stream of
@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import files
-import runs
-import shapes
-from files import UserError
+from lib import files, runs, shapes
+from lib.files import UserError
 
 # -- One image ---------------------------------------------------------------------------------------------
 
@@ -291,7 +289,7 @@ class Latents(torch.utils.data.Dataset):
         return self.latents[index], int(self.labels[index]), int(self.corrupt[index])
 
 
-# -- python data.py pack -----------------------------------------------------------------------------------
+# -- python -m lib.data pack -----------------------------------------------------------------------------------
 
 def pack(src, dst, size, workers=0):
     """Decode and centre-crop a tree's readable images once, to `dst`, which appears when whole."""
@@ -339,7 +337,7 @@ def write_images(path, dataset, workers):
 def main():
     """Run the `pack` command."""
     parser = runs.Parser("Decode a tree of class folders once:\n\n"
-                         "    python data.py pack imagenet/train imagenet/train-256")
+                         "    python -m lib.data pack imagenet/train imagenet/train-256")
     add = parser.add_argument
     add("command", choices=["pack"])
     add("src", help="folder of class folders of images")

@@ -1,9 +1,9 @@
 """Speed and memory of the programs on random images and untrained models: no data, weights or run needed.
 
-    python bench.py train_dit --model XL --batch 128       # and any other flag of the program
-    python bench.py train_ae --batch 32
-    python bench.py sample --batch 64 --steps 5
-    python bench.py fid --batch 64
+    python -m lab.bench train_dit --model XL --batch 128       # and any other flag of the program
+    python -m lab.bench train_ae --batch 32
+    python -m lab.bench sample --batch 64 --steps 5
+    python -m lab.bench fid --batch 64
 
 Training is the program itself as a user starts it, its loader included: the second of two intervals of ten
 steps counts, by its own progress line. Sampling and FID are timed in batches. Prints a line of JSON.
@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 import fid
-import files
-import runs
 import sample
 import svg
 import train_ae
 import train_dit
-from perceptual import LPIPS, Inception, inception_features
+from lib import files, runs
+from lib.perceptual import LPIPS, Inception, inception_features
 
 PROGRAMS = {"train_ae": train_ae, "train_dit": train_dit, "sample": sample, "fid": fid}
 ENCODER = "dinov3_vits16plus"

@@ -1,7 +1,7 @@
 """How demo.pt was made, and who judges it.
 
-    python demo.py pack                        # demo.pt from the newest --demo runs of both stages
-    python demo.py classify samples/           # how many samples show the class they were asked for
+    python -m lab.demo pack                        # demo.pt from the newest --demo runs of both stages
+    python -m lab.demo classify samples/           # how many samples show the class they were asked for
 
 docs/results.md has the commands that made demo.pt. Its frozen encoder, a DINOv3 of 0.2M parameters, knows
 like DINO what is where, and colour only coarsely; it was trained by this program at fb018f5.
@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
-import files
-import runs
 import svg
-from files import UserError
+from lib import data, files, runs
+from lib.files import UserError
+from lib.shapes import CLASSES, DEMO_PT, SIZE, pictures
 from sample import bundle
-from shapes import CLASSES, DEMO_PT, SIZE, pictures
 
 STATISTICS = ("alignment", "alignment_batches", "latent_mean", "latent_std")  # stay in full precision
 

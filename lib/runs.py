@@ -25,9 +25,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import figures
-import files
-from files import UserError
+from lib import figures, files
+from lib.files import UserError
 
 # -- Processes and devices ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 SIZE = 32  # pixels per side
 GRID = 4  # latent tokens per side
-DEMO_PT = Path(__file__).parent / "demo.pt"
+DEMO_PT = Path(__file__).parent.parent / "demo.pt"
 SPLITS = {"shapes://train": {"count": 20_000, "seed": 1}, "shapes://val": {"count": 2_000, "seed": 2}}
 
 
