@@ -10,7 +10,7 @@ Read from top to bottom. The paper's symbols and the shapes:
     x_t    noisy latent   (1-t) noise + t z
     v      velocity       [B, N, C], what the transformer answers: the mean of z - noise, given x_t
 
-`ldm.py` has the decoder. `train_ae.py` and `train_dit.py` train it, `sample.py` draws samples from it.
+`lib/ldm.py` has the decoder. `train_ae.py` and `train_dit.py` train it, `sample.py` draws samples from it.
 """
 import itertools
 import math

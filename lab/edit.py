@@ -1,6 +1,6 @@
 """Pictures from pictures, and walks through noise: reconstruct, redraw, interpolate.
 
-    python -m lab.edit reconstruct val/ --out reconstructions            # encode and decode images of a folder
+    python -m lab.edit reconstruct val/ --out reconstructions        # encode and decode a folder's images
     python -m lab.edit redraw photo.jpg --box 60,40,200,180 --class 207  # paper, appendix C
     python -m lab.edit interpolate --class 207 --seeds 1 2 --frames 8    # paper, appendix D
 

@@ -1,12 +1,12 @@
 """Every number about features: what frozen features know, how a latent space is laid out (paper, 3.2, 4.3).
 
-    python -m lab.probe classify --data imagenet --ae runs/ae/last.pt       # linear head: top-1, top-5
-    python -m lab.probe segment --data ADEChallengeData2016 --features latent              # FPN head: mIoU, mAcc
-    python -m lab.probe depth --data nyu/official_splits                    # FPN head: RMSE, A.Rel
-    python -m lab.probe space --data imagenet/val                           # separability and t-SNE (figure 4a)
-    python -m lab.probe pca --class 207                                     # hidden states (figures 10, 11)
+    python -m lab.probe classify --data imagenet --ae runs/ae/last.pt     # linear head: top-1, top-5
+    python -m lab.probe segment --data ADEChallengeData2016 --features latent     # FPN head: mIoU, mAcc
+    python -m lab.probe depth --data nyu/official_splits                  # FPN head: RMSE, A.Rel
+    python -m lab.probe space --data imagenet/val                         # separability, t-SNE (figure 4a)
+    python -m lab.probe pca --class 207                                   # hidden states (figures 10, 11)
     python -m lab.probe features --encoder dinov2_vits14_pretrain.pth --images a.jpg b.jpg
-    python -m lab.probe toy                                                 # mean velocity fields (figure 4b)
+    python -m lab.probe toy                                               # mean velocity fields (figure 4b)
 
 Each takes --help, and all but features and toy take --demo: a run of a minute on a CPU without download.
 --features chooses encoder, residual, latent (both) or pixels. Numbers and pictures go to probes/<probe>.json

@@ -289,7 +289,7 @@ class Latents(torch.utils.data.Dataset):
         return self.latents[index], int(self.labels[index]), int(self.corrupt[index])
 
 
-# -- python -m lib.data pack -----------------------------------------------------------------------------------
+# -- python -m lib.data pack -------------------------------------------------------------------------------
 
 def pack(src, dst, size, workers=0):
     """Decode and centre-crop a tree's readable images once, to `dst`, which appears when whole."""

@@ -167,7 +167,8 @@ def start(command, *more, processes=1, torchrun=(), **settings):
     script, *flags = *command.split(), *map(str, more)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun,
                 "--"]
-    command = [sys.executable, *launcher * (processes > 1), str(ROOT / "tests/start.py"), MODULES.get(script, script), *flags]
+    program = [str(ROOT / "tests/start.py"), MODULES.get(script, script), *flags]
+    command = [sys.executable, *launcher * (processes > 1), *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:.",
                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

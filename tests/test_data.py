@@ -64,7 +64,8 @@ class Data(Case):
         whole = next(iter(data.stream(100, 8, 0, 13)))
         shares = []
         for rank in range(2):
-            with mock.patch("lib.runs.rank", lambda rank=rank: rank), mock.patch("lib.runs.world_size", lambda: 2):
+            with mock.patch("lib.runs.rank", lambda rank=rank: rank), \
+                    mock.patch("lib.runs.world_size", lambda: 2):
                 shares += next(iter(data.stream(100, 8, 0, 13)))
         self.assertEqual(shares, whole)
 
