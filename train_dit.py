@@ -33,7 +33,7 @@ def parse_args():
         help="no LayerNorm of queries and keys (an ablation: the authors' run without it diverged)")
     add("--ae", help="stage-1 checkpoint, ours or the authors', or a VAE in LDM's or diffusers' layout; "
         "default: the newest run")
-    add("--latent-stats", help="file of the latents' mean and std, authors' or .npz (default: measured)")
+    add("--latent-stats", help="file of the latents' mean and std, authors' or .npz, in place of measuring")
     add("--cache", action="store_true", help="encode all images and their mirror images once, at the start, "
         "and keep the latents in memory in half precision: 4 bytes times tokens times channels an image")
     add("--shift", type=runs.number(above=0), default=0.4, help="timestep shift in training (RAE's rule, "

@@ -131,7 +131,12 @@ def error_line(error):
 # -- Flags -------------------------------------------------------------------------------------------------
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows each default, and leaves the docstring's lines as they are."""
+    """Shows each default but those of switches, and leaves the docstring's lines as they are."""
+
+    def _get_help_string(self, action):
+        if isinstance(action.default, (bool, type(None))):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -322,11 +327,6 @@ def peak_gib(device):
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
 
 
-def duration(seconds):
-    """Format seconds as h:mm:ss, with any number of hours."""
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
-
-
 def say(text):
     """Print a line, on rank 0."""
     if rank() == 0:
@@ -367,7 +367,7 @@ def progress(batches, what, total, count=len):
             shown = now
             rate = done / (now - start)
             say(f"{what}: {done:,}/{total:,} images  {rate:.1f} images/s  "
-                f"{duration((total - done) / rate)} left")
+                f"{timedelta(seconds=(total - done) // rate)} left")
 
 
 # -- Folders that a program writes -------------------------------------------------------------------------
@@ -417,7 +417,6 @@ FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "m
               "weights", "data", "ae", "encoder", "compile", "recompute", "cache"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by clusters, people, SLURM
 MAX_SKIPPED = 20  # steps in a row without a finite gradient after which training stops
-KEPT = 2  # the newest numbered checkpoints
 
 
 def read_log(path):
@@ -574,7 +573,7 @@ class Run:
         if skipped < self.count:
             entry = {name: mean / (self.count - skipped) for name, mean in zip(names, means, strict=True)}
         rate = self.count * self.args.batch / (time.time() - self.since)
-        left = duration((self.args.steps - step) * self.args.batch / rate)
+        left = timedelta(seconds=(self.args.steps - step) * self.args.batch // rate)
         text = "".join(f"  {name} {value:.4g}" for name, value in entry.items())
         if skipped:
             text += f"  {skipped} skipped"
@@ -604,7 +603,7 @@ class Run:
                 files.save_checkpoint(numbered, checkpoint)
             old = [path for path in sorted(self.path.glob("[0-9]*.pt"))
                    if path.stem.isdecimal() and int(path.stem) % self.args.milestone_every]
-            for path in old[:-KEPT]:
+            for path in old[:-2]:
                 path.unlink()
             curve = figures.loss_curve(read_log(self.path / "log.jsonl"), f"{self.path}: loss by step")
             if curve:
