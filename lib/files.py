@@ -32,7 +32,7 @@ def reading(path, what):
     """Whatever fails while a file's contents are taken apart is that file's fault: one line that names it."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as e:  # a damaged file fails in any of torch's, zipfile's, pickle's and JSON's ways
         if "SVG_DEBUG" in os.environ:  # or this would hide a mistake of ours
