@@ -395,7 +395,7 @@ main = train_dit.main
         for line in writer.stdout:
             if line.startswith("step 3"):
                 break
-        code, _, err = run(MINI_DIT + ae + " --steps 100000 --save-every 1")
+        code, _, err = run(MINI_DIT + ae + " --steps 1 --save-every 1")
         self.assertEqual((code, err.count("\n")), (2, 1), err)
         self.assertIn("runs/demo-dit is being written by another process", err)
         self.assertIsNone(writer.poll())
