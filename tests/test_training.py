@@ -392,6 +392,7 @@ main = train_dit.main
     def test_a_run_has_one_writer_and_a_killed_one_blocks_nobody(self):
         ae = f" --ae {trained()}/runs/demo-ae/last.pt"
         writer = start(MINI_DIT + ae + " --steps 100000 --save-every 1 --workers 1")
+        self.addCleanup(writer.kill)
         for line in writer.stdout:
             if line.startswith("step 3"):
                 break
