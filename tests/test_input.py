@@ -51,7 +51,7 @@ DAMAGED_FILES = [
         ("config", "KeyError"), ("lacks", "Missing key"), ("flipped", "fingerprint"),
         ("nan", "fingerprint"))],
     # An autoencoder.
-    *[(f"train_dit --demo --name new --ae {file}", file) for file in (
+    *[(f"train_dit --demo --steps 1 --name new --ae {file}", file) for file in (
         "text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt", "ae-config.pt",
         "ae-lacks.pt", "ae-flipped.pt", "ae-nan.pt")],
     # Latent statistics.
