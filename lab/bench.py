@@ -6,8 +6,9 @@
     python -m lab.bench fid --batch 64
 
 Training is the program itself as a user starts it, its loader included: the second of two intervals of ten
-steps counts, by its own progress line. Sampling and FID are timed in batches. Prints a line of JSON.
+steps counts, by its own progress line. Sampling writes --num pictures. Prints a line of JSON.
 """
+import argparse
 import json
 import re
 import subprocess
@@ -34,8 +35,9 @@ ENCODER = "dinov3_vits16plus"
 def write_inputs(folder):
     """Write a packed set of random images, an untrained encoder, autoencoder and VGG16 to a folder."""
     rng = np.random.default_rng(0)
-    np.save(folder / "images.npy", rng.integers(0, 256, (64, 256, 256, 3), np.uint8))
-    np.save(folder / "labels.npy", np.arange(64))
+    count = 256  # in whole batches, or the last one, of another shape, would be compiled too
+    np.save(folder / "images.npy", rng.integers(0, 256, (count, 256, 256, 3), np.uint8))
+    np.save(folder / "labels.npy", np.arange(count))
     files.write_json(folder / "classes.json", [str(i) for i in range(1000)])
     config = svg.ENCODERS[ENCODER]
     weights = {"name": ENCODER, "vit": config, "model": svg.ViT(**config).state_dict()}
@@ -62,20 +64,11 @@ def time_training(name, flags):
     raise files.UserError(f"{name} {' '.join(flags)} failed")
 
 
-def time_batches(step, batch, device):
-    """Return images/s of step(), which computes a batch, and peak memory in GiB."""
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return batch / float(np.median(seconds[2:])), runs.peak_gib(device)
-
-
 def time_sampling(args, device):
-    """Time sampling by --ckpt, or by untrained models of the size XL; without files."""
+    """Return images/s and peak memory in GiB of --num samples, written to files.
+
+    The models are those of --ckpt, or untrained ones of the size XL.
+    """
     if args.ckpt:
         sit, ae, _ = sample.find_models(args, device)
     else:
@@ -84,20 +77,25 @@ def time_sampling(args, device):
         ae = svg.Autoencoder(None, feature_channels=384).to(device).eval()
     if args.compile:
         sample.compile_models(sit, ae)
-    noise = svg.sample_noise(0, range(args.batch), (sit.grid ** 2, sit.channels)).to(device)
-    y = torch.arange(args.batch, device=device) % sit.num_classes
-    return time_batches(lambda: sample.images_of(sit, ae, noise, y, args), args.batch, device)
+    with tempfile.TemporaryDirectory() as folder:
+        for num in (args.batch, args.num):  # the first batch is slower
+            start = time.perf_counter()
+            part = argparse.Namespace(**{**vars(args), "num": num})
+            sample.write_images(sit, ae, range(sit.num_classes), Path(folder), part, device)
+    return args.num / (time.perf_counter() - start), runs.peak_gib(device)
 
 
 def time_fid(args, device):
-    """Time Inception features and their moments, of images of 256 pixels."""
+    """Return images/s and peak memory in GiB of Inception features and moments of images of 256 pixels."""
     model = Inception().eval().requires_grad_(False).to(device)
     images = torch.randint(256, (args.batch, 256, 256, 3), dtype=torch.uint8)
-
-    def step():
-        fid.moments(inception_features(model, images)["features"])
-
-    return time_batches(step, args.batch, device)
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        mean = fid.moments(inception_features(model, images)["features"])[1]
+        mean.cpu()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return args.batch / float(np.median(seconds[2:])), runs.peak_gib(device)
 
 
 def main():
