@@ -30,6 +30,7 @@ import train_ae
 import train_dit
 from lib import data, files, runs, shapes
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers here are a CPU's
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"  # real weights and images; tests that need them skip without
 train_ae.ALIGNMENT_IMAGES = 16  # here and in start(), or every run would draw thousands of images

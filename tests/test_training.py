@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import time
+import unittest
 from pathlib import Path
 from unittest import mock
 
@@ -151,6 +152,21 @@ class Compiled(Case):
                 script, *flags = command.split()
                 out = shell("counted", script, *flags, processes=processes)
                 self.assertEqual(out.count(f"graphs {graphs} breaks 0"), processes, out[-300:])
+
+
+@unittest.skipUnless(os.path.exists("/dev/nvidia0"), "needs an NVIDIA GPU")
+class OnAGPU(Case):
+    def test_programs_agree_with_a_cpu(self):
+        for name, device in (("cpu", ""), ("gpu", "0")):
+            with mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=device):
+                shell(f"sample --ckpt {shapes.DEMO_PT} --steps 5 --precision fp32 --out", name)
+                shell(f"{MINI_AE} --gan 0.5 --disc-start 2 --steps 4 --no-compile --name", f"{name}-ae")
+                ae = trained() / "runs/demo-ae/last.pt"
+                shell(f"{MINI_DIT} --steps 4 --ae {ae} --name", f"{name}-dit")  # in bf16, and compiled
+        self.assertLessEqual(np.abs(pictures("cpu").astype(int) - pictures("gpu")).max(), 1)
+        for run_name, loss in (("ae", "l1_loss"), ("dit", "loss")):
+            logs = [[entry[loss] for entry in read_log(f"{name}-{run_name}")] for name in ("cpu", "gpu")]
+            np.testing.assert_allclose(*logs, rtol=0.1)  # the noise is another
 
 
 class Cache(Case):
