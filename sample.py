@@ -196,13 +196,19 @@ def write_images(sit, ae, numbers, out, args, device):
     mine = list(range(args.num))[runs.rank()::runs.world_size()]
     parts = [mine[j:j + args.batch] for j in range(0, len(mine), args.batch)]
     written = ()
-    with ThreadPoolExecutor(8) as pool:  # Pillow compresses outside of Python's lock
-        for indices in runs.progress(parts, "sampling", args.num):
-            noise = svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels)).to(device)
-            y = torch.tensor([label_of(i, numbers, args) for i in indices], device=device)
+
+    def noise_of(indices):
+        return svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels))
+
+    with ThreadPoolExecutor(8) as pool:  # Pillow and NumPy work outside of Python's lock
+        noises = [pool.submit(noise_of, part) for part in parts[:1]]
+        for i, indices in enumerate(runs.progress(parts, "sampling", args.num), 1):
+            noise = noises.pop().result().to(device)
+            noises += [pool.submit(noise_of, part) for part in parts[i:i + 1]]  # while this one is computed
+            y = torch.tensor([label_of(j, numbers, args) for j in indices], device=device)
             images = images_of(sit, ae, noise, y, args)
             list(written)  # the batch before: its errors are raised here
-            written = pool.map(files.save_image, [out / f"{i:06d}.png" for i in indices], images)
+            written = pool.map(files.save_image, [out / f"{j:06d}.png" for j in indices], images)
         list(written)
 
 
