@@ -12,10 +12,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import traceback
 import unittest
 import zlib
 from pathlib import Path
@@ -163,23 +165,92 @@ def ok(command, *more):
     return out
 
 
-def start(command, *more, processes=1, torchrun=(), **settings):
-    """The same through the shell's door: a process of a fresh interpreter, or torchrun."""
-    script, *flags = *command.split(), *map(str, more)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *torchrun,
-                "--"]
-    program = [str(ROOT / "tests/start.py"), MODULES.get(script, script), *flags]
-    command = [sys.executable, *launcher * (processes > 1), *program]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:.",
-                   "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=environment, **settings)
+class Processes:
+    """A program in processes of its own, forked from this one, which spares each the import of torch.
+
+    With several, they are ranks of one group, as torchrun starts them. Their output is read as from a Popen.
+    """
+
+    def __init__(self, command, count, before, torchrun_environment):
+        self.stdout, out = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+        self.stderr = tempfile.TemporaryFile("w+")
+        self.returncode = None
+        self.pids = []
+        for rank in range(count):
+            pid = os.fork()
+            if pid == 0:
+                os.setsid()
+                os.dup2(out.fileno(), 1)
+                os.dup2(self.stderr.fileno(), 2)
+                os.environ |= torchrun_environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self.be_the_program(command, before)
+            self.pids.append(pid)
+        out.close()
+        self.pid = self.pids[0]
+
+    def be_the_program(self, command, before):
+        """Run the program in the child and end it, whatever happens."""
+        code = 1
+        try:
+            sys.stdout = os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", closefd=False)
+            for number in runs.STOP_SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            torch.set_num_threads(1)  # the parent's threads are not here
+            before()
+            script, *sys.argv[1:] = command
+            sys.argv[0] = f"{script}.py"
+            runs.run_main(importlib.import_module(MODULES.get(script, script)).main)
+            code = 0
+        except SystemExit as e:
+            code = e.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self):
+        """Return None while one of them runs, then the exit code."""
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        running = [pid for pid in self.pids if self.returncode is None and not os.waitid(os.P_PID, pid, look)]
+        return None if running else self.wait()
+
+    def wait(self):
+        if self.returncode is None:
+            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
+            self.returncode = next((code for code in codes if code), 0)
+        return self.returncode
+
+    def communicate(self):
+        """Return what the processes have printed on stdout, since it was last read, and on stderr."""
+        out = self.stdout.read()
+        self.stdout.close()
+        self.wait()
+        self.stderr.seek(0)
+        with self.stderr:
+            return out, self.stderr.read()
+
+    def kill(self):
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+
+
+def start(command, *more, processes=1, before=lambda: None):
+    """Start a program as processes of its own; before() runs in each of them first."""
+    environment = {}
+    if processes > 1:
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return Processes([*command.split(), *map(str, more)], processes, before, environment)
 
 
 def shell(command, *more, **settings):
     """start() that must succeed; what it printed."""
     process = start(command, *more, **settings)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     assert process.returncode == 0, err[-2000:]
     return out
 
