@@ -9,15 +9,14 @@ import functools
 import importlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
-import traceback
 import unittest
 import zlib
 from pathlib import Path
@@ -165,86 +164,66 @@ def ok(command, *more):
     return out
 
 
+FORK = multiprocessing.get_context("fork")  # spares each process the import of torch
+
+
+def be_the_program(command, environment, before, out, err):
+    """In a process of its own: what a shell, or torchrun, would start."""
+    os.setsid()
+    os.dup2(out.fileno(), 1)
+    os.dup2(err.fileno(), 2)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    for number in runs.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    os.environ |= environment
+    torch.set_num_threads(1)  # the threads of the process before are not in this one
+    before()
+    script, *flags = command
+    sys.argv = [f"{script}.py", *flags]
+    runs.run_main(importlib.import_module(MODULES.get(script, script)).main)
+
+
 class Processes:
-    """A program in processes of its own, forked from this one, which spares each the import of torch.
+    """A program in `count` processes, ranks of one group if they are several; read as a Popen is."""
 
-    With several, they are ranks of one group, as torchrun starts them. Their output is read as from a Popen.
-    """
-
-    def __init__(self, command, count, before, torchrun_environment):
-        self.stdout, out = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
-        self.stderr = tempfile.TemporaryFile("w+")
-        self.returncode = None
-        self.pids = []
-        for rank in range(count):
-            pid = os.fork()
-            if pid == 0:
-                os.setsid()
-                os.dup2(out.fileno(), 1)
-                os.dup2(self.stderr.fileno(), 2)
-                os.environ |= torchrun_environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.be_the_program(command, before)
-            self.pids.append(pid)
-        out.close()
-        self.pid = self.pids[0]
-
-    def be_the_program(self, command, before):
-        """Run the program in the child and end it, whatever happens."""
-        code = 1
-        try:
-            sys.stdout = os.fdopen(1, "w", closefd=False)
-            sys.stderr = os.fdopen(2, "w", closefd=False)
-            for number in runs.STOP_SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
-            torch.set_num_threads(1)  # the parent's threads are not here
-            before()
-            script, *sys.argv[1:] = command
-            sys.argv[0] = f"{script}.py"
-            runs.run_main(importlib.import_module(MODULES.get(script, script)).main)
-            code = 0
-        except SystemExit as e:
-            code = e.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+    def __init__(self, command, count, before):
+        with socket.create_server(("localhost", 0)) as server:
+            group = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+        read, write = os.pipe()
+        self.stdout = os.fdopen(read)
+        self.stderr = Path(tempfile.mkstemp()[1])
+        self.ranks = []
+        with open(write, "w") as out, open(self.stderr, "w") as err:
+            for i in range(count):
+                environment = group | {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(count)}
+                inputs = (command, environment, before, out, err)
+                self.ranks.append(FORK.Process(target=be_the_program, args=inputs))
+                self.ranks[-1].start()
+        self.pid = self.ranks[0].pid
 
     def poll(self):
-        """Return None while one of them runs, then the exit code."""
-        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        running = [pid for pid in self.pids if self.returncode is None and not os.waitid(os.P_PID, pid, look)]
-        return None if running else self.wait()
-
-    def wait(self):
-        if self.returncode is None:
-            codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in self.pids]
-            self.returncode = next((code for code in codes if code), 0)
-        return self.returncode
-
-    def communicate(self):
-        """Return what the processes have printed on stdout, since it was last read, and on stderr."""
-        out = self.stdout.read()
-        self.stdout.close()
-        self.wait()
-        self.stderr.seek(0)
-        with self.stderr:
-            return out, self.stderr.read()
+        """None while it runs."""
+        return None if any(process.is_alive() for process in self.ranks) else self.ranks[0].exitcode
 
     def kill(self):
-        for pid in self.pids:
-            os.kill(pid, signal.SIGKILL)
+        for process in self.ranks:
+            process.kill()
+
+    def communicate(self):
+        """Wait for the end: what it printed since the last reading, and what on stderr."""
+        with self.stdout:
+            out = self.stdout.read()
+        for process in self.ranks:
+            process.join()
+        self.returncode = next((process.exitcode for process in self.ranks if process.exitcode), 0)
+        err = self.stderr.read_text()
+        self.stderr.unlink()
+        return out, err
 
 
 def start(command, *more, processes=1, before=lambda: None):
-    """Start a program as processes of its own; before() runs in each of them first."""
-    environment = {}
-    if processes > 1:
-        with socket.create_server(("localhost", 0)) as server:
-            port = server.getsockname()[1]
-        environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return Processes([*command.split(), *map(str, more)], processes, before, environment)
+    """Start a program as processes of its own, in each of which before() comes first."""
+    return Processes([*command.split(), *map(str, more)], processes, before)
 
 
 def shell(command, *more, **settings):
