@@ -172,7 +172,7 @@ def be_the_program(command, environment, before, out, err):
     os.setsid()
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(i, "w", 1, closefd=False) for i in (1, 2))
     for number in runs.STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     os.environ |= environment
