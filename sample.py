@@ -201,10 +201,10 @@ def write_images(sit, ae, numbers, out, args, device):
         return svg.sample_noise(args.seed, indices, (sit.grid ** 2, sit.channels))
 
     with ThreadPoolExecutor(8) as pool:  # Pillow and NumPy work outside of Python's lock
-        noises = [pool.submit(noise_of, part) for part in parts[:1]]
+        noises = pool.map(noise_of, parts[:1])
         for i, indices in enumerate(runs.progress(parts, "sampling", args.num), 1):
-            noise = noises.pop().result().to(device)
-            noises += [pool.submit(noise_of, part) for part in parts[i:i + 1]]  # while this one is computed
+            noise = next(noises).to(device)
+            noises = pool.map(noise_of, parts[i:i + 1])  # while this batch is computed
             y = torch.tensor([label_of(j, numbers, args) for j in indices], device=device)
             images = images_of(sit, ae, noise, y, args)
             list(written)  # the batch before: its errors are raised here
