@@ -34,9 +34,9 @@ ENCODER = "dinov3_vits16plus"
 def write_inputs(folder):
     """Write a packed set of random images, an untrained encoder, autoencoder and VGG16 to a folder."""
     rng = np.random.default_rng(0)
-    count = 256  # in whole batches, or the last one, of another shape, would be compiled too
-    np.save(folder / "images.npy", rng.integers(0, 256, (count, 256, 256, 3), np.uint8))
-    np.save(folder / "labels.npy", np.arange(count))
+    # 256 of them, in whole batches, or the last one, of another shape, would be compiled too.
+    np.save(folder / "images.npy", rng.integers(0, 256, (256, 256, 256, 3), np.uint8))
+    np.save(folder / "labels.npy", np.arange(256))
     files.write_json(folder / "classes.json", [str(i) for i in range(1000)])
     config = svg.ENCODERS[ENCODER]
     weights = {"name": ENCODER, "vit": config, "model": svg.ViT(**config).state_dict()}

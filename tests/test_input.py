@@ -3,8 +3,10 @@
 Each row of a table is a command and the words that its error must hold. fid.py's and probe.py's own rows are
 in test_fid.py and test_probe.py.
 """
+import contextlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from unittest import mock
 
@@ -12,30 +14,19 @@ import numpy as np
 import torch
 
 from lib import files
-from tests.helpers import (
-    DIT_DATA,
-    MINI_AE,
-    MINI_DIT,
-    REAL_DATA,
-    Case,
-    ok,
-    pictures,
-    trained,
-    write_pictures,
-    write_safetensors,
-)
+from tests import helpers
+from tests.helpers import DIT_DATA, MINI_AE, MINI_DIT, REAL_DATA, Case, ok, trained
 
 NEW_AE = MINI_AE + " --name new"
 NEW_DIT = MINI_DIT + " --name new"
 
+NO_NETWORK = ("https://", "no network", "--weights")
 MISSING_FILES = [
     ("train_ae --data good", "weights/dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "ai.meta.com",
      "dinov2_vits14_pretrain.pth"),
-    ("train_ae --encoder dinov2_vits14_pretrain.pth --weights w", "w/dinov2_vits14_pretrain.pth", "https://",
-     "no network", "--weights"),
-    (NEW_AE + " --lpips 1 --weights w", "w/vgg16-397923af.pth", "https://", "no network", "--weights"),
-    ("fid good --save-stats x.npz --weights w", "w/pt_inception-2015-12-05-6726825d.pth", "https://",
-     "no network", "--weights"),
+    ("train_ae --encoder dinov2_vits14_pretrain.pth --weights w", "w/dinov2_vits14_pretrain.pth", *NO_NETWORK),
+    (NEW_AE + " --lpips 1 --weights w", "w/vgg16-397923af.pth", *NO_NETWORK),
+    ("fid good --save-stats x.npz --weights w", "w/pt_inception-2015-12-05-6726825d.pth", *NO_NETWORK),
 ]
 
 DAMAGED_FILES = [
@@ -73,23 +64,23 @@ BAD_DATA = [
     ("edit reconstruct empty", "empty: no images"),
 ]
 
+OUT_OF_RANGE = [
+    ("sample", "--steps 0", "--guidance -1", "--guidance nan", "--num 0", "--shift 0", "--shift inf",
+     "--seed -1"),
+    (NEW_AE, "--steps 0", "--gan -1", "--workers -1", "--residual-channels -1"),
+    (NEW_DIT, "--steps -3", "--seed -1", "--label-dropout 2", "--ema-decay 5"),
+]
+
 BAD_FLAGS = [
-    ("sample --steps 0", "--steps", "'0'"),
-    ("sample --guidance -1", "--guidance", "'-1'"),
-    ("sample --guidance nan", "--guidance", "'nan'"),
-    ("sample --num 0", "--num"),
-    ("sample --shift 0", "--shift"),
-    ("sample --shift inf", "--shift", "'inf'"),
-    ("sample --seed -1", "--seed"),
-    ("sample --nonsense", "--nonsense"),
-    ("sample --dem", "--dem"),
+    *[(f"{program} {flag}", flag) for program, *flags in (
+        ("sample", "--nonsense", "--dem", "--classes unicorn", "--guidance-interval 1 0"),
+        (NEW_AE, "--image-size 48", "--decoder-mult 1,1"),
+        (NEW_DIT, "--model 2,30,4", "--model S")) for flag in flags],
     ("sample --classes 10", "--classes 10", "0 to 9", "arrow"),
-    ("sample --classes unicorn", "--classes unicorn"),
     ("sample --npz nowhere/x.npz", "--npz", "nowhere/x.npz", "no folder"),
     ("sample --npz good", "--npz", "is a folder"),
     ("sample --guidance 1e300", "--guidance", "0 to 1000"),
     ("sample --guidance-interval nan 1", "--guidance-interval", "'nan'"),
-    ("sample --guidance-interval 1 0", "--guidance-interval 1 0"),
     ("sample --seed " + 26 * "9", "--seed", "2^63"),
     ("sample --num " + 5000 * "9", "--num"),
     ("sample --out text.pt/x", "text.pt", "Not a directory"),
@@ -98,20 +89,8 @@ BAD_FLAGS = [
     ("data pack good packed-none", "packed-none", "already exists"),
     (MINI_AE + " --name a/b", "--name", "runs/NAME"),
     (MINI_AE + " --name ../x", "--name", "runs/NAME"),
-    (NEW_AE + " --steps 0", "--steps"),
-    (NEW_AE + " --gan -1", "--gan", "'-1'"),
-    (NEW_AE + " --workers -1", "--workers", "'-1'"),
-    (NEW_AE + " --residual-channels -1", "--residual-channels", "'-1'"),
-    (NEW_AE + " --image-size 48", "--image-size 48"),
-    (NEW_AE + " --decoder-mult 1,1", "--decoder-mult 1,1"),
     (NEW_AE + " --decoder-channels 100", "--decoder-channels 100", "32"),
     (NEW_AE + " --residual-dim 145", "--residual-dim 145", "48"),
-    (NEW_DIT + " --steps -3", "--steps"),
-    (NEW_DIT + " --seed -1", "--seed"),
-    (NEW_DIT + " --model 2,30,4", "--model 2,30,4"),
-    (NEW_DIT + " --model S", "--model S"),
-    (NEW_DIT + " --label-dropout 2", "--label-dropout", "'2'"),
-    (NEW_DIT + " --ema-decay 5", "--ema-decay", "'5'"),
     # edit.py
     ("edit", "reconstruct | redraw | interpolate"),
     ("edit redraw good/a/0.png", "--box", "--class"),
@@ -149,77 +128,88 @@ DO_NOT_BELONG_TOGETHER = [
 ]
 
 
+RECORD = '{"program": "SVG", "settings": {"steps": 3}, "files": %s}'  # of an earlier run of sample.py
+TEXTS = {
+    "text.pt": "not a checkpoint\nat all\n",
+    "text.npz": "not an archive\n",
+    "unreadable/a/0.png": "no picture",
+    "unreadable/a/1.png": "no picture",
+    "runs/foreign/config.json": "[not json",  # a folder below runs/ that is none of ours
+    "album/record.json": '{"files": ["0.png"]}',
+    "trip.json": "{}",  # beside a folder, and none of its files
+    "repository/.git/config": "precious",
+    ".foreign.part/images.npy": "precious",
+    "linked/record.json": RECORD % '["000000.png", "overview/samples.png"]',
+    "ours/record.json": RECORD % '["000000.png", "../album/0.png"]',
+}
+TENSORS = {
+    "list.pt": [1, 2], "string.pt": "text", "ema.pt": {"ema": 0.999},
+    "sit.pt": {"kind": "sit"}, "autoencoder.pt": {"kind": "autoencoder"},
+    "mlp.pth": {"fc.weight": torch.zeros(2, 2)},
+    "wrong.pth": {"cls_token": torch.zeros(1, 1, 384), "norm.weight": torch.zeros(7),
+                  "patch_embed.proj.weight": torch.zeros(384, 3, 14, 14), "extra": torch.zeros(1)},
+}
+
+
+def write_files():
+    """Write what the tables name, but for checkpoints of training."""
+    for path, text in TEXTS.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text)
+    for path, value in TENSORS.items():
+        torch.save(value, path)
+    helpers.write_safetensors("half.safetensors", {"cls_token": torch.zeros(1, 1, 384)})
+    os.truncate("half.safetensors", 200)
+    np.savez("stats.npz", mean=np.zeros(5), std=np.ones(5))
+    np.savez("zero-std.npz", mean=np.zeros(72), std=np.zeros(72))
+    for damage, count, labels in (("labels", 2, [0, 1]), ("none", 0, []), ("half", 1, [0, 0])):
+        os.makedirs(f"packed-{damage}")
+        np.save(f"packed-{damage}/images.npy", np.zeros((count, 32, 32, 3), np.uint8))
+        np.save(f"packed-{damage}/labels.npy", np.array(labels, int))
+        Path(f"packed-{damage}/classes.json").write_text('["a"]')
+    for folder in ("empty", "w", "hollow/a"):
+        os.makedirs(folder)
+    helpers.write_pictures("good/a", 2)
+    for path in ("album/0.png", "ours/mine.png", "trip.png"):
+        shutil.copy("good/a/0.png", path)
+    os.symlink("../good", "linked/overview")
+
+
+def write_checkpoints():
+    """Write a trained pair without its optimisers, and copies of both with one thing wrong in each."""
+    for kind, run, part in (("sit", "demo-dit", "ema"), ("ae", "demo-ae", "model")):
+        trained_run = trained() / "runs" / run
+        shutil.copytree(trained_run, f"runs/{run}", ignore=shutil.ignore_patterns("*.pt"))
+        whole = files.load_checkpoint(trained_run / "last.pt")
+        for optimiser in {"opt", "opt_disc", "disc"} & whole.keys():
+            del whole[optimiser]
+        torch.save(whole, f"runs/{run}/last.pt")
+        weights = whole[part]
+        key = next(key for key, value in weights.items() if value.ndim == 2)
+        flipped = weights[key].clone()
+        flipped[0, 0] += 1
+        changed = {**weights, key: flipped}
+        rest = {name: value for name, value in weights.items() if name != key}
+        torch.save({**whole, "config": {"model": {}}}, f"{kind}-config.pt")
+        torch.save({**whole, part: rest}, f"{kind}-lacks.pt")
+        torch.save({**whole, part: changed}, f"{kind}-flipped.pt")
+        torch.save({**whole, part: {**weights, key: flipped * torch.nan}}, f"{kind}-nan.pt")
+    torch.save({**whole, part: changed, "fingerprint": files.fingerprint(changed)}, "other.pt")
+    shutil.copy("runs/demo-ae/last.pt", "half.pt")
+    os.truncate("half.pt", os.path.getsize("half.pt") // 2)
+
+
 class BadInput(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.files = cls.enterClassContext(tempfile.TemporaryDirectory())
+        with contextlib.chdir(cls.files):
+            write_files()
+            write_checkpoints()
+
     def setUp(self):
         super().setUp()
-        shutil.copytree(trained() / "runs", "runs")
-        write_pictures("good/a", 2)
-        write_pictures("flat", 1)
-        for folder in ("empty", "w", "hollow/a", "unreadable/a"):
-            os.makedirs(folder)
-        for i in range(2):
-            Path(f"unreadable/a/{i}.png").write_text("no picture")
-        Path("text.pt").write_text("not a checkpoint\nat all\n")
-        Path("text.npz").write_text("not an archive\n")
-        checkpoint = Path("runs/demo-ae/last.pt").read_bytes()
-        Path("half.pt").write_bytes(checkpoint[:len(checkpoint) // 2])
-        write_safetensors("whole.safetensors", {"cls_token": torch.zeros(1, 1, 384)})
-        Path("half.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:200])
-        torch.save([1, 2], "list.pt")
-        for kind in ("sit", "autoencoder"):
-            torch.save({"kind": kind}, f"{kind}.pt")
-        os.makedirs("runs/foreign")  # and a folder below runs/ that is none of ours
-        Path("runs/foreign/config.json").write_text("[not json")
-        torch.save({"ema": 0.999}, "ema.pt")
-        torch.save({"fc.weight": torch.zeros(2, 2)}, "mlp.pth")
-        shapes_of_wrong = {"cls_token": [1, 1, 384], "patch_embed.proj.weight": [384, 3, 14, 14],
-                           "norm.weight": [7], "extra": [1]}
-        torch.save({key: torch.zeros(shape) for key, shape in shapes_of_wrong.items()}, "wrong.pth")
-        np.savez("stats.npz", mean=np.zeros(5), std=np.ones(5))
-        np.savez("zero-std.npz", mean=np.zeros(72), std=np.zeros(72))
-        torch.save("text", "string.pt")
-        self.write_damaged_checkpoints()
-        images = np.zeros((2, 32, 32, 3), np.uint8)
-        for damage, count, labels in (("labels", 2, [0, 1]), ("none", 0, []), ("half", 1, [0, 0])):
-            os.makedirs(f"packed-{damage}")
-            np.save(f"packed-{damage}/images.npy", images[:count])
-            np.save(f"packed-{damage}/labels.npy", np.array(labels, int))
-            Path(f"packed-{damage}/classes.json").write_text('["a"]')
-        write_pictures("album", 1)
-        Path("album/record.json").write_text('{"files": ["0.png"]}')
-        Path("album.json").write_text("{}")
-        for folder in ("repository/.git", "linked", ".foreign.part"):
-            os.makedirs(folder)
-        Path("repository/.git/config").write_text("precious")
-        os.symlink("../good", "linked/overview")
-        self.write_record("linked", ["000000.png", "overview/samples.png"])
-        Path(".foreign.part/images.npy").write_text("precious")
-        write_pictures("ours", 1)
-        os.rename("ours/0.png", "ours/mine.png")
-        self.write_record("ours", ["000000.png", "../album/0.png"])
-        other = files.load_checkpoint("runs/demo-ae/last.pt")
-        other["model"]["mask_token"] += 1
-        torch.save({**other, "fingerprint": files.fingerprint(other["model"])}, "other.pt")
-
-    def write_record(self, folder, names):
-        """A folder's record of an earlier run of sample.py."""
-        record = {"program": "SVG", "settings": {"steps": 3}, "files": names}
-        files.write_json(f"{folder}/record.json", record)
-
-    def write_damaged_checkpoints(self):
-        """Both stages' checkpoints with one thing wrong in each."""
-        for kind, run, weights in (("sit", "demo-dit", "ema"), ("ae", "demo-ae", "model")):
-            whole = files.load_checkpoint(f"runs/{run}/last.pt")
-            whole = {key: value for key, value in whole.items() if key not in ("opt", "opt_disc", "disc")}
-            tensors = whole[weights]
-            key = next(key for key, value in tensors.items() if value.ndim == 2)
-            flipped = tensors[key].clone()
-            flipped[0, 0] += 1
-            rest = {k: v for k, v in tensors.items() if k != key}
-            for damage, change in (("config", {"config": {"model": {}}}), ("lacks", {weights: rest}),
-                                   ("flipped", {weights: {**tensors, key: flipped}}),
-                                   ("nan", {weights: {**tensors, key: flipped * torch.nan}})):
-                torch.save({**whole, **change}, f"{kind}-{damage}.pt")
+        shutil.copytree(self.files, ".", symlinks=True, dirs_exist_ok=True)
 
     def test_missing_weights_say_where_to_get_them(self):
         with mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
@@ -232,25 +222,22 @@ class BadInput(Case):
         self.refuse_all(BAD_DATA)
 
     def test_flags_out_of_range_or_out_of_place_are_named(self):
+        for program, *flags in OUT_OF_RANGE:
+            for flag, value in map(str.split, flags):
+                self.refused(f"{program} {flag} {value}", flag, f"'{value}'")
         self.refuse_all(BAD_FLAGS)
 
     def test_things_that_do_not_belong_together_are_refused(self):
         self.refuse_all(DO_NOT_BELONG_TOGETHER)
 
-    def test_a_batch_that_does_not_divide_by_the_processes_is_refused(self):
-        with mock.patch("lib.runs.world_size", lambda: 3), mock.patch("lib.runs.barrier"):
-            self.refused(NEW_AE, "--batch 8", "3 processes")
-            self.refused(NEW_DIT, "--batch 8", "3 processes")
-
-    def test_processes_that_see_different_disks_are_refused(self):
+    def test_processes_that_cannot_share_the_work_are_refused(self):
+        with mock.patch("lib.runs.world_size", lambda: 3):
+            self.refuse_all([(NEW_AE, "--batch 8", "3 processes"), (NEW_DIT, "--batch 8", "3 processes")])
+        shutil.copy(trained() / "runs/demo-ae/last.pt", "runs/demo-ae")
         with mock.patch("lib.runs.gather", lambda step: [step, step + 1]):
             self.refused(MINI_AE + " --steps 4 --save-every 2", "runs/demo-ae/last.pt", "shared disk")
 
     def test_only_what_the_record_lists_is_replaced(self):
-        write_pictures("trip", 1)
-        os.rename("trip/0.png", "trip.png")
-        os.rmdir("trip")
-        Path("trip.json").write_text("{}")
         before = self.snapshot()
         ok("edit redraw trip.png --box 0,0,16,16 --class star --steps 2 --out trip")
         ok("edit redraw trip.png --box 0,0,16,16 --class disc --steps 2 --out trip --overwrite")
@@ -264,16 +251,16 @@ class BadInput(Case):
         self.assertTrue(Path("ours/.notes").exists())
 
     def test_readme_runs_from_top_to_bottom(self):
-        ok("sample --steps 2 --num 20")
-        ok("sample --demo --steps 3 --num 12")  # replaces its own earlier run in the default folder
-        self.assertEqual(len(pictures("samples")), 12)
+        ok("sample --steps 2 --num 3")
+        ok("sample --demo --steps 3 --num 2")  # replaces its own earlier run in the default folder
+        self.assertEqual(len(helpers.pictures("samples")), 2)
 
     def test_samples_of_two_commands_are_never_mixed(self):
-        ok("sample --steps 2 --num 3 --out mine")
-        self.refused("sample --steps 3 --num 3 --out mine", "mine", "different run", "--overwrite")
-        ok("sample --steps 3 --num 3 --out mine --overwrite")
-        ok("sample --steps 2 --num 3 --out v1.25")
+        ok("sample --steps 2 --num 1 --out mine")
+        self.refused("sample --steps 3 --num 1 --out mine", "mine", "different run", "--overwrite")
+        ok("sample --steps 3 --num 1 --out mine --overwrite")
+        ok("sample --steps 2 --num 1 --out v1.25")
         before = self.snapshot()
-        ok("sample --steps 3 --num 3 --out v1.55")
+        ok("sample --steps 3 --num 1 --out v1.55")
         after = self.snapshot()
         self.assertEqual([p for p in before if before[p] != after[p]], [])  # each with its own overview

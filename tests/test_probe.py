@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -22,30 +21,41 @@ from lab import dense, maps, probe
 from lib import data, shapes
 from tests.helpers import Case, ok, run, start, trained, write_pictures
 
+OF_DEMO_AE = f"--ae {shapes.DEMO_PT}"
 ENCODER = f"--encoder {shapes.DEMO_PT}"
 SMALL = f"{ENCODER} --size 32 --workers 0"
+UNKNOWN = np.zeros((44, 60), np.uint8)
+SET = f"--data set {SMALL}"
 
 
-def write_dense(task, root):
-    """A set of the published layout of ADE20K or NYUv2: left half one label, right half another."""
+DENSE_FILES = {  # images and labels of ADE20K and of NYUv2, and their folders to train on and to test on
+    "segment": ("images/{}/{}.jpg", "annotations/{}/{}.png", {"train": "training", "test": "validation"}),
+    "depth": ("{}/room/rgb_{}.jpg", "{}/room/sync_depth_{}.png", {"train": "train", "test": "test"}),
+}
+
+
+def dense_files(task, split, i):
+    """The image and the label number i of the "train" or "test" part of a set."""
+    *files, folders = DENSE_FILES[task]
+    return [Path("set", file.format(folders[split], i)) for file in files]
+
+
+def write_dense(task):
+    """A set, of two images in each part: left half one label, right half another."""
     right = np.tile(np.arange(60) >= 30, (44, 1))
     image = np.where(right, 250, 5).astype(np.uint8)[..., None].repeat(3, 2)
     values = np.where(right, 3, 150).astype(np.uint8)
     if task == "depth":
         values = np.where(right, 1500, 6000).astype(np.uint16)
-    for split, i in itertools.product(("training", "test"), (0, 1)):
-        for file, array in zip(dense_files(task, root, split, i), (image, values), strict=True):
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
+    for split, i in itertools.product(("train", "test"), (0, 1)):
+        for file, array in zip(dense_files(task, split, i), (image, values), strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(file)
 
 
-def dense_files(task, root, split, i):
-    """The image and the label number i of the "training" or "test" set."""
-    if task == "segment":
-        folder = {"training": "training", "test": "validation"}[split]
-        return f"{root}/images/{folder}/{i}.jpg", f"{root}/annotations/{folder}/{i}.png"
-    folder = {"training": "train", "test": "test"}[split]
-    return f"{root}/{folder}/room/rgb_{i}.jpg", f"{root}/{folder}/room/sync_depth_{i}.png"
+def write_label(task, split, i, label):
+    """Replace a label by another array."""
+    Image.fromarray(label).save(dense_files(task, split, i)[1])
 
 
 def write_tree(count):
@@ -86,7 +96,7 @@ class Command(ProbeCase):
         self.assertIn('{"a": 0.5}', out.getvalue())
 
     def test_an_unreadable_picture_is_named_once_and_left_out(self):
-        write_tree(8)
+        write_tree(6)
         for split in ("train", "val"):
             Path(f"tree/{split}/b/3.png").write_text("no picture")
         training = f"classify {SMALL} --data tree --epochs 2 --batch 5"
@@ -97,10 +107,10 @@ class Command(ProbeCase):
                 code, _, err = run(f"probe {command}")
                 self.assertEqual(err.splitlines(), [
                     f"warning: tree/{split}/b/3.png: not a readable image, skipped" for split in splits])
-                self.assertEqual((code, self.written(command)["images"]), (0, 15))
+                self.assertEqual((code, self.written(command)["images"]), (0, 11))
 
     def test_a_packed_set_gives_the_numbers_of_its_tree(self):
-        write_tree(12)
+        write_tree(6)
         for split in ("train", "val"):
             ok(f"data pack tree/{split} packed/{split} --size 32 --workers 0")
         for command, split in (("space", "/val"), ("classify --cache --epochs 2 --batch 5", "")):
@@ -112,14 +122,14 @@ class Command(ProbeCase):
 
 class Classification(ProbeCase):
     def test_linear_probe_with_cached_and_with_fresh_crops(self):
-        real = shapes.dataset
-        counts = {"shapes://train": 300, "shapes://val": 100}
-        with mock.patch("lib.shapes.dataset", lambda name, count=None: real(name, counts[name])):
+        few = {"shapes://train": shapes.dataset("shapes://train", 200),
+               "shapes://val": shapes.dataset("shapes://val", 60)}
+        with mock.patch("lib.shapes.dataset", lambda name, count=None: few[name]):
             self.assertGreater(self.numbers("classify --demo --batch 50")["top1"], 0.85)
             with mock.patch.dict(probe.DEMO["classify"], cache=False), \
                     mock.patch("lab.probe.random_resized_crops", wraps=probe.random_resized_crops) as cropped:
                 crops = self.numbers("classify --demo --features latent --batch 50 --epochs 2 --lr 0.02")
-        self.assertEqual(sum(len(call.args[0]) for call in cropped.mock_calls), 2 * 300)  # not the test's
+        self.assertEqual(sum(len(call.args[0]) for call in cropped.mock_calls), 2 * 200)  # not the test's
         self.assertGreater(crops["top1"], 0.3)
         self.assertGreaterEqual(crops["top5"], crops["top1"])
 
@@ -143,16 +153,14 @@ class Dense(ProbeCase):
     def setUp(self):
         super().setUp()
         for task in dense.LAYOUTS:
-            patch = mock.patch.dict(probe.PAPER[task], width=16, warmup=3)
-            patch.start()
-            self.addCleanup(patch.stop)
+            self.enterContext(mock.patch.dict(probe.PAPER[task], width=16, warmup=3))
 
     def test_segmentation_and_depth_learn_their_own_layouts(self):
-        learn = f"{SMALL} --batch 4 --lr 0.005"
-        write_dense("segment", "ade")
-        write_dense("depth", "nyu")
-        self.assertGreater(self.numbers(f"segment --data ade {learn} --steps 30")["mIoU"], 0.8)
-        numbers = self.numbers(f"depth --data nyu {learn} --epochs 60")
+        learn = f"{SET} --batch 4 --lr 0.005"
+        write_dense("segment")
+        write_dense("depth")  # beside it
+        self.assertGreater(self.numbers(f"segment {learn} --steps 30")["mIoU"], 0.8)
+        numbers = self.numbers(f"depth {learn} --epochs 60")
         self.assertLess(numbers["RMSE_m"], 1)
         self.assertLess(numbers["A.Rel"], 0.35)
         self.assertTrue(os.path.exists("probes/segment.png") and os.path.exists("probes/depth.png"))
@@ -173,42 +181,40 @@ class Dense(ProbeCase):
                 used.append((self.param_groups[0]["lr"], self.param_groups[0]["weight_decay"]))
 
         for task, steps in (("segment", "--steps 3"), ("depth", "--epochs 3")):
-            write_dense(task, task)
+            write_dense(task)
             with mock.patch("torch.optim.AdamW", Recording), mock.patch.dict(probe.PAPER[task], wd=0.3):
-                self.numbers(f"{task} --data {task} {SMALL} --batch 2 --lr 0.1 {steps}")
+                self.numbers(f"{task} {SET} --batch 2 --lr 0.1 {steps}")
         self.assertEqual(used, 2 * [(dense.learning_rate(i, 3, 0.1, 3), 0.3) for i in range(3)])
 
     def test_depth_is_the_mean_with_the_mirrored_pictures(self):
-        write_dense("depth", "depth")
-        unknown = np.zeros((44, 60), np.uint16)
-        Image.fromarray(unknown).save("depth/test/room/sync_depth_1.png")  # left out
+        write_dense("depth")
+        write_label("depth", "test", 1, UNKNOWN)  # left out
         log_depth = torch.linspace(0, 1, 4).expand(1, 1, 3, 4)
         with mock.patch("lab.dense.sliding", lambda predict, x, args: log_depth):
-            numbers = self.numbers(f"depth --data depth {SMALL} --batch 2 --epochs 1")
+            numbers = self.numbers(f"depth {SET} --batch 2 --epochs 1")
         errors = np.abs(math.exp(0.5) - np.array([1.5, 6]))
         self.assertAlmostEqual(numbers["RMSE_m"], np.sqrt((errors ** 2).mean()), delta=1e-3)
         self.assertAlmostEqual(numbers["A.Rel"], (errors / [1.5, 6]).mean(), delta=1e-3)
         self.assertEqual(numbers["images"], 1)
 
     def test_segmentation_is_scored_by_class_over_all_pictures(self):
-        write_dense("segment", "segment")  # half class 3, half class 150
+        write_dense("segment")  # half class 3, half class 150
         everywhere_3 = torch.zeros(1, 150, 1, 1)
         everywhere_3[0, 2] = 1
         with mock.patch("lab.dense.sliding", lambda predict, x, args: everywhere_3):
-            numbers = self.numbers(f"segment --data segment {SMALL} --batch 2 --steps 1")
+            numbers = self.numbers(f"segment {SET} --batch 2 --steps 1")
         self.assertEqual((numbers["mIoU"], numbers["mAcc"]), (0.25, 0.5))
 
     def test_pictures_without_a_known_pixel_do_not_spoil_the_training(self):
-        for task, steps, dtype in (("segment", "--steps 8", np.uint8), ("depth", "--epochs 8", np.uint16)):
-            write_dense(task, task)
-            _, label = dense_files(task, task, "training", 0)
-            Image.fromarray(np.zeros((44, 60), dtype)).save(label)
-            said = ok(f"probe {task} --data {task} {SMALL} --batch 2 {steps}")
+        for task, steps in (("segment", "--steps 8"), ("depth", "--epochs 8")):
+            write_dense(task)
+            write_label(task, "train", 0, UNKNOWN)
+            said = ok(f"probe {task} {SET} --batch 2 {steps}")
             self.assertIn("loss", said)
             self.assertNotRegex(said, "nan|null")
 
     def test_crops_and_their_targets_fit_and_depend_on_their_number_alone(self):
-        write_dense("segment", "set")
+        write_dense("segment")
         args = dense_args(least_scale=0.5)
         pairs, _ = dense.list_pairs(args)
         images, targets = dense.random_crops(pairs, args, range(20))
@@ -219,34 +225,27 @@ class Dense(ProbeCase):
         one, _ = dense.random_crops(pairs, args, [7])
         self.assertTrue(torch.equal(one[0], images[7]))
 
-    def test_sliding_window_covers_every_pixel_once_on_average(self):
-        x = torch.randn(1, 3, 77, 64)
+    def test_sliding_window_covers_every_pixel_once_on_average_at_the_papers_stride(self):
         seen = []
 
         def predict(window):
-            seen.append(window.shape[-2:])
+            seen.append((*window.shape[2:], window[0, 0, 0, 0].item()))
             return window * 2
 
+        x = torch.randn(1, 3, 77, 64)
         self.close(dense.sliding(predict, x, dense_args(outputs=3)), 2 * x)
-        self.assertEqual((len(seen), set(seen)), (4 * 3, {(32, 32)}))
-
-    def test_sliding_window_strides_as_the_papers(self):
+        self.assertEqual((len(seen), {size for *size, _ in seen}), (4 * 3, {(32, 32)}))
+        seen.clear()
         columns = torch.arange(1194.0).expand(1, 1, 512, -1)
-        seen = []
-
-        def predict(window):
-            seen.append(window[0, 0, 0, 0].item())
-            return window
-
         dense.sliding(predict, columns, argparse.Namespace(size=512, outputs=1))
-        self.assertEqual(seen, [0, 341, 682])
+        self.assertEqual([column for *_, column in seen], [0, 341, 682])
 
 
 class Spaces(ProbeCase):
     """Separability, t-SNE, principal components, mean velocities."""
 
     def test_encoder_features_separate_classes_and_pixels_do_not(self):
-        numbers = self.numbers("space --demo --images 200")
+        numbers = self.numbers("space --demo --images 120")
         self.assertGreater(numbers["encoder"]["linear"], 0.85)
         self.assertGreater(numbers["encoder"]["1-NN"], 0.85)
         for name in ("pixels", "residual"):
@@ -264,12 +263,7 @@ class Spaces(ProbeCase):
         self.assertEqual(separability.call_args_list[0].args[1].tolist(), [0] * 4 + [1] * 4 + [2] * 4)
         self.assertEqual(picture.call_args.args[2], ["a", "c", "e"])
 
-    def test_each_class_is_split_into_halves(self):
-        y = torch.arange(40) // 4  # four of a class: two to learn from, two to test, for every seed
-        x = 9 * torch.eye(10)[y] + 0.1 * torch.randn(40, 10)
-        self.assertEqual({probe.separability(x, y, seed)["1-NN"] for seed in range(5)}, {1.0})
-
-    def test_separability_of_known_clusters_and_of_noise(self):
+    def test_separability_of_known_clusters_and_of_noise_by_halves_of_each_class(self):
         torch.manual_seed(0)
         y = torch.arange(300) % 3
         means = 20 * torch.eye(3, 8)
@@ -278,6 +272,9 @@ class Spaces(ProbeCase):
         self.assertAlmostEqual(
             apart["between/within"], (2 / 3) * 20 ** 2 / 8, delta=3)  # |mean - centre|^2 over variance
         self.assertLess(probe.separability(torch.randn(300, 8), y, 0)["linear"], 0.5)
+        y = torch.arange(40) // 4  # four of a class: two to learn from, two to test, for every seed
+        x = 9 * torch.eye(10)[y] + 0.1 * torch.randn(40, 10)
+        self.assertEqual({probe.separability(x, y, seed)["1-NN"] for seed in range(5)}, {1.0})
 
     def test_tsne_keeps_neighbours_at_every_scale(self):
         torch.manual_seed(0)
@@ -295,13 +292,6 @@ class Spaces(ProbeCase):
             np.testing.assert_allclose(maps.principal(y, 2).abs().numpy(), np.abs(u * s)[:, :2],
                                        rtol=1e-2, atol=1e-2)
 
-    def test_pca_shows_an_image_or_a_sample(self):
-        write_pictures("in", 1)
-        self.numbers("pca --demo --class star")
-        sample_picture = Path("probes/pca.png").read_bytes()
-        self.numbers("pca --demo --class star --image in/0.png")
-        self.assertNotEqual(Path("probes/pca.png").read_bytes(), sample_picture)
-
     def test_pca_shows_the_states_that_the_sampler_goes_through(self):
         found = []
 
@@ -311,18 +301,24 @@ class Spaces(ProbeCase):
 
         with mock.patch("lab.probe.find_models", find_models), \
                 mock.patch("lab.maps.component_picture", wraps=maps.component_picture) as picture:
-            self.numbers("pca --demo --class 3 --seed 5")
+            self.numbers("pca --demo --class star --seed 5")
         sit, ae, _ = found
         times = svg.euler_times(25, 0.4)
         noise = svg.sample_noise(5, [0], (sit.grid ** 2, sit.channels))
         shown = range(0, 26, 5)
-        states = [svg.euler_sample(sit, noise, torch.tensor([3]), times[:i + 1], 4.0) for i in shown]
+        states = [svg.euler_sample(sit, noise, torch.tensor([shapes.CLASSES.index("star")]), times[:i + 1], 4.0) for i in shown]
         _, columns, decoded, rows = picture.call_args.args
         self.assertEqual(columns, [f"t {times[i]:.2f}" for i in shown])
         self.assertEqual(list(rows), ["layer 1", "layer 3", "layer 4", "layer 6"])
         with torch.no_grad():
             expected = data.to_uint8(ae.decode(sit.denormalize(torch.cat(states))))
         np.testing.assert_array_equal(decoded, expected)
+
+        # Or those of a photo.
+        write_pictures("in", 1)
+        of_a_sample = Path("probes/pca.png").read_bytes()
+        self.numbers("pca --demo --class star --image in/0.png")
+        self.assertNotEqual(Path("probes/pca.png").read_bytes(), of_a_sample)
 
     def test_features_of_photos(self):
         write_pictures("in", 2)
@@ -352,7 +348,6 @@ class Spaces(ProbeCase):
 
 
 # Commands, and the words that their errors must hold.
-OF_DEMO_AE = "--ae runs/demo-ae/last.pt"
 REFUSED = [
     # Which probe, which flags.
     ("probe", "classify", "features"),
@@ -380,20 +375,19 @@ REFUSED = [
     ("probe space --data good", "--ae"),  # only demo runs are there
     (f"probe classify --data good {OF_DEMO_AE}", "--data good/train", "no such folder"),
     ("probe pca --image text.pt --demo", "text.pt", "not a readable image"),
-    ("probe segment --data nowhere " + SMALL, "--data nowhere", dense.LAYOUTS["segment"]),
-    ("probe depth --data good " + SMALL, "--data good", dense.LAYOUTS["depth"]),
+    (f"probe segment --data nowhere {SMALL}", "--data nowhere", dense.LAYOUTS["segment"]),
+    (f"probe depth --data good {SMALL}", "--data good", dense.LAYOUTS["depth"]),
     ("probe toy --out text.pt", "text.pt"),
     ("probe classify --demo --out text.pt/below", "text.pt/below"),
     ("probe toy --out theirs", "theirs/toy.*", "not of this program"),
 ]
 
-UNKNOWN = np.zeros((44, 60), np.uint8)
-BAD_LABELS = [  # which set, how many of its two labels, what they become, words of the error
-    ("training", 1, None, "not a label of", "No such file"),
+BAD_LABELS = [  # which part, how many of its two labels, what they become, words of the error
+    ("train", 1, None, "not a label of", "No such file"),
     ("test", 1, "no picture", "not a label of"),
     ("test", 1, np.zeros((3, 3), np.uint8), "not a label of", "(3, 3)"),
     ("test", 1, np.zeros((44, 60, 3), np.uint8), "not a label of", "(44, 60, 3)"),
-    ("training", 2, UNKNOWN, "--data set", "nothing to train"),
+    ("train", 2, UNKNOWN, "--data set", "nothing to train"),
     ("test", 2, UNKNOWN, "--data set", "nothing to train or to test on"),
 ]
 
@@ -406,7 +400,7 @@ class Refusals(Case):
         Path("probes").mkdir()
 
     def test_commands_that_cannot_be_right(self):
-        shutil.copytree(trained() / "runs", "runs")
+        Path("runs").symlink_to(trained() / "runs")
         write_pictures("good/a", 2)
         Path("text.pt").write_text("not a checkpoint\nat all\n")
         Path("theirs").mkdir()
@@ -415,25 +409,24 @@ class Refusals(Case):
 
     def test_labels_are_checked_before_the_training(self):
         for task, (split, count, content, *words) in itertools.product(dense.LAYOUTS, BAD_LABELS):
-            write_dense(task, "set")
+            write_dense(task)
             for i in range(count):
-                _, label = dense_files(task, "set", split, i)
-                os.remove(label)
+                _, label = dense_files(task, split, i)
+                label.unlink()
                 if isinstance(content, str):
-                    Path(label).write_text(content)
+                    label.write_text(content)
                 elif content is not None:
-                    Image.fromarray(content).save(label)
+                    write_label(task, split, i, content)
             with mock.patch("lab.dense.random_crops", side_effect=AssertionError("no training before this")):
-                self.refused(f"probe {task} {SMALL} --data set", *words)
-            shutil.rmtree("set")
+                self.refused(f"probe {task} {SET}", *words)
 
     def test_a_bad_training_label_ends_the_training_in_one_line_also_from_a_loading_process(self):
-        for task, workers in itertools.product(dense.LAYOUTS, (0, 1)):
-            write_dense(task, task)
-            _, label = dense_files(task, task, "training", 1)
-            Image.fromarray(np.zeros((3, 3), np.uint8)).save(label)
-            self.refused(f"probe {task} {SMALL} --data {task} --workers {workers} --batch 8",
-                         f"error: {label}", "not a label of")
-        process = start(f"probe depth {SMALL} --data depth --workers 1 --batch 8")
-        _, err = process.communicate(timeout=300)
-        self.assertEqual((process.returncode, err.count("\n"), err[:12]), (2, 1, "error: depth"), err)
+        for task in dense.LAYOUTS:
+            write_dense(task)
+            write_label(task, "train", 1, np.zeros((3, 3), np.uint8))
+            command = f"probe {task} {SET} --batch 8"
+            error = f"error: {dense_files(task, 'train', 1)[1]}: not a label of"
+            self.refused(command, error)
+            process = start(f"{command} --workers 1")
+            _, err = process.communicate()
+            self.assertEqual((process.returncode, err.count("\n"), err[:len(error)]), (2, 1, error), err)
