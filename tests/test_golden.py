@@ -1,0 +1,262 @@
+"""Published models: the answers of independent implementations, from files of the published layouts.
+
+The weights are a formula of names and shapes (assets/golden*.npz, helpers.weights); real ones come last.
+"""
+import unittest
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import fid
+import svg
+import train_ae
+from lib import data
+from lib.files import UserError
+from lib.perceptual import LPIPS
+from tests.helpers import GOLDEN, MANIFESTS, REAL, Case, image, normal, weights, write_safetensors
+
+
+def to_hugging_face(official, layer, version=5):
+    """Official DINO names -> those of transformers: query, key, value apart; DINOv3 without key bias."""
+    dinov2, out = "pos_embed" in official, {}
+    names = {"cls_token": "embeddings.cls_token", "storage_tokens": "embeddings.register_tokens",
+             "mask_token": "embeddings.mask_token", "pos_embed": "embeddings.position_embeddings",
+             "patch_embed.proj.": "embeddings.patch_embeddings." + "projection." * dinov2, "blocks.": layer,
+             ".attn.proj.": ".attention.o_proj.", ".ls1.gamma": ".layer_scale1.lambda1",
+             ".ls2.gamma": ".layer_scale2.lambda1", ".mlp.w1.": ".mlp.gate_proj.",
+             ".mlp.w2.": ".mlp.up_proj.", ".mlp.w3.": ".mlp.down_proj."}
+    if dinov2:
+        names |= {"norm.weight": "layernorm.weight", "norm.bias": "layernorm.bias"}
+    for key, value in official.items():
+        for old, new in names.items():
+            if old in key and (not old.startswith("norm") or key == old):
+                key = key.replace(old, new)
+        if key.endswith(("periods", "bias_mask")):
+            continue
+        if ".attn.qkv." in key:
+            parts = zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True)
+            out |= {key.replace("attn.qkv", f"attention.{n}"): v for n, v in parts
+                    if n != "k_proj" or dinov2 or key.endswith("weight")}
+        else:
+            out[key] = value
+    if version == 4:
+        for new, old in (("o_proj", "output.dense"), ("q_proj", "attention.query"),
+                         ("k_proj", "attention.key"), ("v_proj", "attention.value")):
+            out = {k.replace(f".attention.{new}.", f".attention.{old}."): v for k, v in out.items()}
+    return out
+
+
+# Official names, and the layouts of transformers for it: prefix of a layer, version.
+ENCODERS = [("dinov3_vits16", ()), ("dinov3_vits16plus", (("layer.", 5), ("model.layer.", 5))),
+            ("dinov3_vitb16", ()), ("dinov2_vits14", (("encoder.layer.", 5), ("encoder.layer.", 4))),
+            ("dinov2_vits14_reg", ()), ("dinov2_vitb14", ())]
+
+
+class Encoders(Case):
+    def agrees(self, encoder, name):
+        """Patch tokens, CLS tokens and their statistics; of the larger models for one image of two."""
+        count = 1 if "vitb" in name else 2
+        keys = [key for key in GOLDEN if key.startswith(f"{name}/") and key.endswith("/patch")]
+        for key in keys:
+            h, w = map(int, key.split("/")[1].split("x"))
+            cls, patches = encoder(image(w, (2, 3, h, w))[:count], cls=True)
+            answers = {"patch": patches[:, ::14, ::5], "cls": cls[:, ::5]}
+            if count == 2:
+                answers["patch_stats"] = torch.stack([patches.mean(), patches.std()])
+            for kind, answer in answers.items():
+                full_key = key.replace("/patch", f"/{kind}")
+                if full_key in GOLDEN:
+                    self.agree(full_key, answer, first=count)
+        self.assertGreater(len(keys), 0)
+
+    def test_frozen_encoders_agree_with_the_official_models_also_from_files_of_hugging_face(self):
+        for name, layouts in ENCODERS:
+            with self.subTest(name):
+                official = weights(name)
+                torch.save(official, "official.pth")
+                encoder = svg.load_encoder("official.pth")
+                self.assertEqual(encoder.name, name)
+                self.agrees(encoder, name)
+            x = image(5, (1, 3, 112, 112))
+            for layer, version in layouts:
+                with self.subTest(name, layer=layer, version=version):
+                    renamed = to_hugging_face(official, layer, version)
+                    if version == 5:
+                        published = MANIFESTS["hf_" + name]
+                        self.assertEqual(set(renamed), {k.replace("model.layer.", layer) for k in published})
+                    write_safetensors("model.safetensors", renamed)
+                    self.close(svg.load_encoder("model.safetensors")(x), encoder(x), 1e-6)
+
+    def test_mae_agrees_and_takes_other_grids(self):
+        torch.save({"model": {**weights("mae_vitb16"), "decoder_embed.weight": torch.zeros(2)}}, "mae.pth")
+        encoder = svg.load_encoder("mae.pth")
+        self.agrees(encoder, "mae_vitb16")
+        self.assertEqual(encoder(image(3, (1, 3, 256, 256))).shape, (1, 256, 768))  # from 14 x 14 positions
+
+    def test_siglip2_agrees_from_the_two_tower_file_and_other_towers_are_refused(self):
+        tower = weights("siglip2_vitb16_256")
+        self.assertEqual(len([k for k in tower if k.startswith("head.")]), 11)  # the pooling head, left out
+        both = {f"vision_model.{k}": v for k, v in tower.items()}
+        both |= ({f"text_model.{k}": torch.ones(3) for k in tower}
+                 | {f"logit_{k}": torch.ones(1) for k in ("scale", "bias")})
+        write_safetensors("model.safetensors", both)
+        encoder = svg.load_encoder("model.safetensors")
+        self.agrees(encoder, "siglip2_vitb16_256")
+        self.assertEqual(encoder.fingerprint, svg.encoder_from_weights(tower, "tower").fingerprint)
+        cls, patches = encoder(image(3, (1, 3, 32, 48)), cls=True)
+        self.close(cls, patches.mean(1))  # it has no CLS token
+        key = "embeddings.position_embedding.weight"
+        for change, words in (
+                ({key: tower[key][:196]}, r"pos_embed.*\[1, 196, 768\].*\[1, 256, 768\]"),
+                ({"extra": torch.zeros(1)}, "Unexpected.*extra"),
+                ({"embeddings.patch_embedding.weight": torch.zeros(768, 3, 8, 8)},
+                 "'patch': 8, 'registers': 0, 'swiglu': False, 'cls': False} is none of .*siglip2")):
+            with self.assertRaisesRegex(UserError, f"tower.safetensors: .*{words}"):
+                svg.encoder_from_weights({**tower, **change}, "tower.safetensors")
+
+
+class Authors(Case):
+    """The authors' checkpoints."""
+
+    def test_autoencoder_and_stage_1_losses_agree(self):
+        tensors = weights("svg_autoencoder")
+        torch.save({"state_dict": tensors}, "ae.ckpt")
+        del tensors["decoder.conv_out.weight"]
+        torch.save({"state_dict": tensors}, "without.ckpt")
+        del tensors
+        with self.assertRaisesRegex(UserError, "without.ckpt.*Missing.*decoder.conv_out.weight"):
+            svg.load_autoencoder("without.ckpt", decode_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # who only decodes is not warned
+            svg.load_autoencoder("ae.ckpt", decode_only=True)
+        with self.assertWarnsRegex(UserWarning, "ae.ckpt has no alignment statistics"):
+            ae = svg.load_autoencoder("ae.ckpt")
+
+        # Latents and reconstruction; aligned by the batch's statistics, as the file has none.
+        x = image(1, (2, 3, 256, 256))
+        with torch.no_grad():
+            self.agree("ae/residual_raw", to_map(ae.residual_tokens(x))[:, :, ::3, ::3])
+            latents = ae.encode(x)
+        self.agree("ae/latent", to_map(latents)[:, ::9, ::3, ::3])
+        self.agree("ae/latent_residual", to_map(latents)[:, 384:, ::3, ::3])
+        ae.decoder.recompute = True  # saves a gigabyte, and gradients of two layers alone save time
+        ae.requires_grad_(False)
+        for layer in (ae.decoder.conv_in, ae.decoder.conv_out):
+            layer.requires_grad_(True)
+        y = ae.decode(latents)
+        self.agree("ae/recon", y[:, :, ::15, ::15])
+        self.agree("ae/recon_stats", torch.stack([y.mean(), y.std()]))
+
+        # Losses and the gradient in the decoder.
+        lpips, disc = self.lpips_and_discriminator()
+        nll, l1, perceptual = train_ae.reconstruction_loss(x, y, lpips, 1.0)
+        g_loss, last_layer = -disc(y).mean(), ae.decoder.conv_out.weight
+        weight = 0.5 * train_ae.adaptive_weight(nll, g_loss, last_layer)
+        total = nll + weight * g_loss
+        y.backward(train_ae.generator_gradient(y, nll, g_loss, 0.5, last_layer))
+        answers = {"l1_mean": l1, "p_loss_mean": perceptual, "nll": nll, "g_loss": g_loss,
+                   "d_weight_times_half": weight, "total": total,
+                   "disc_loss": train_ae.hinge_loss(disc(x), disc(y.detach())),
+                   "grad_conv_out": last_layer.grad[:, ::16],
+                   "grad_conv_in_norm": ae.decoder.conv_in.weight.grad.norm()}
+        known = {key for key in GOLDEN if key.startswith("stage1/")}
+        self.assertEqual({f"stage1/{name}" for name in answers}, known)
+        for name, answer in answers.items():
+            self.agree(f"stage1/{name}", answer)
+
+    def lpips_and_discriminator(self):
+        vgg = {**weights("torchvision_vgg16", leave_out="classifier."), "classifier.0.bias": torch.zeros(1)}
+        torch.save(vgg, "vgg16.pth")
+        lpips, disc = LPIPS("vgg16.pth"), train_ae.PatchDiscriminator()
+        filled = weights("patchgan")
+        disc.load_state_dict(filled)
+        a, b = image(11, (2, 3, 128, 128)), image(12, (2, 3, 128, 128))
+        with torch.no_grad():
+            self.agree("lpips/vgg", lpips(a, b))
+            self.close(lpips(a, a), torch.zeros(2))
+            self.agree("patchgan/eval", disc.eval()(a)[:, :, ::2, ::2])
+            self.agree("patchgan/train", disc.train()(a)[:, :, ::2, ::2])
+        disc.load_state_dict(filled)
+        return lpips, disc.requires_grad_(False)
+
+    def test_the_transformer_of_size_b_agrees_which_has_a_doubled_head(self):
+        torch.save({"ema": weights("svg_dit_B")}, "sit.pt")
+        t = torch.from_numpy(GOLDEN["dit_B/t_noise_to_data"])
+        sit, x = svg.load_sit("sit.pt"), normal(21, 2, 256, 392)
+        with torch.no_grad():
+            self.agree("dit_B/velocity", sit(x, t, torch.tensor([7, 1000]))[:, ::18, ::7])
+            loss = svg.flow_loss(sit, x, torch.tensor([3, 5]), 0.4, torch.tensor([.25, .6]),
+                                 normal(22, 2, 256, 392))
+        self.agree("dit_B/loss_shift0.4", loss)
+
+
+def to_map(tokens, patch=1):
+    """Tokens [B, 256, C] -> [B, C / patch^2, 16 * patch, 16 * patch]."""
+    return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (16, 16)), patch)
+
+
+VAES = [("sd_vae_f8d4", 2, 4), ("vavae_f16d32", 1, 32), ("diffusers_f8d4", 2, 4)]  # name, patch, channels
+
+
+class VAEs(Case):
+    def test_vaes_agree_with_the_reference_and_with_diffusers(self):
+        for name, patch, channels in VAES:
+            with self.subTest(name), torch.no_grad():
+                if name.startswith("diffusers"):
+                    write_safetensors("vae.safetensors", weights(name))
+                    ae = svg.load_autoencoder("vae.safetensors")
+                else:
+                    torch.save({"state_dict": weights(name)}, "vae.ckpt")
+                    ae = svg.load_autoencoder("vae.ckpt")
+                self.assertEqual((ae.patch, ae.channels, ae.grid, ae.ratio),
+                                 (patch, channels * patch ** 2, 16, 16))
+                x = image(61, (len(GOLDEN[f"vae/{name}/mean"]), 3, 256, 256))[:1]
+                mean, logvar = (to_map(part, patch) for part in ae.posterior(x))
+                self.agree(f"vae/{name}/mean", mean[:, ::3, ::3, ::3], first=1)
+                self.agree(f"vae/{name}/logvar", logvar[:, ::3, ::3, ::3], first=1)
+                if name != "sd_vae_f8d4":  # the same network as the last one
+                    z = normal(62, 1, channels, 16 * patch, 16 * patch)
+                    y = ae.decode(F.pixel_unshuffle(z, patch).flatten(2).transpose(1, 2))
+                    self.agree(f"vae/{name}/decode", y[:, :, ::15, ::15], first=1)
+
+
+class Inception(Case):
+    def test_agrees_with_tensorflow_and_pytorch_fid(self):
+        torch.save(weights("fid_inception"), "inception.pth")
+        model = fid.load_inception("inception.pth")
+        images = torch.from_numpy(data.to_uint8(image(31, (3, 3, 256, 256))))
+        seen = []
+        model.Mixed_6d.branch1x1.register_forward_hook(lambda module, x, y: seen.append(y))
+        adm = fid.inception_features(model, images)
+        other = fid.inception_features(model, images, "pytorch-fid")
+        logits = adm["logits"] + model.fc.bias
+        for key, answer in (("tf1_resize/pool3", adm["features"][:, ::4]),
+                            ("tf1_resize/logits", logits[:, ::4]),
+                            ("tf1_resize/logits_unbiased", adm["logits"][:, ::4]),
+                            ("tf1_resize/softmax_sorted5", logits.softmax(1).topk(5).values),
+                            ("pytorch_resize/pool3", other["features"][:, ::4])):
+            self.agree(f"inception/{key}", answer)
+        with self.assertRaisesRegex(ValueError, "neither adm nor pytorch-fid"):
+            fid.inception_features(model, images, "clean-fid")
+        # Spatial features: seven channels of mixed_6/conv, channels last.
+        expected = np.moveaxis(seen[0].numpy()[:, :7], 1, 3).reshape(3, 17 * 17 * 7)
+        np.testing.assert_array_equal(adm["spatial"], expected)
+
+
+@unittest.skipUnless(REAL.is_dir(), "real weights are not here")
+class RealWeights(Case):
+    def test_dinov2_tells_real_images_apart(self):
+        encoder = svg.load_encoder(REAL / "weights/dinov2_vits14_pretrain.pth")
+        self.assertEqual(encoder.name, "dinov2_vits14")
+
+        def features(split, count):
+            images = data.ImageFolder(REAL / "tiny20" / split, 64)
+            chosen = np.concatenate([np.flatnonzero(images.labels == c)[:count] for c in range(10)]).tolist()
+            x = data.to_float(torch.from_numpy(np.stack([images[i, 0][0] for i in chosen])), "cpu")
+            cls, _ = encoder(x, grid=(8, 8), cls=True)
+            return torch.nn.functional.normalize(cls, dim=1), torch.arange(10).repeat_interleave(count)
+
+        (train, labels), (val, truth) = features("train", 8), features("val", 4)
+        self.assertGreater((labels[(val @ train.T).argmax(1)] == truth).float().mean(), 0.5)  # chance is 0.1
