@@ -5,6 +5,7 @@ the names and shapes of the published checkpoints; golden_vae.npz those of the V
 """
 import contextlib
 import functools
+import gc
 import importlib
 import io
 import json
@@ -80,6 +81,14 @@ def normal(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
+def state_of(path):
+    """What is another once a file was written: its contents or, for speed, a large one's place and time."""
+    facts = path.lstat()
+    if not path.is_file():
+        return None
+    return path.read_bytes() if facts.st_size < 1e5 else (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
 class Case(unittest.TestCase):
     """A test in an empty folder of its own."""
 
@@ -112,7 +121,7 @@ class Case(unittest.TestCase):
         torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
 
     def snapshot(self):
-        return {p: p.read_bytes() if p.is_file() else None for p in self.folder.rglob("*")}
+        return {path: state_of(path) for path in self.folder.rglob("*")}
 
     def refused(self, command, *words):
         """Exit code 2, one line that holds all `words`, and not a file more, less or different."""
@@ -166,6 +175,7 @@ FORK = multiprocessing.get_context("fork")  # spares each process the import of 
 
 def be_the_program(command, environment, before, out, err):
     """In a process of its own: what a shell, or torchrun, would start."""
+    gc.freeze()  # what is garbage of the process before is not this one's to free
     os.setsid()
     os.dup2(out.fileno(), 1)
     os.dup2(err.fileno(), 2)

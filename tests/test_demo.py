@@ -15,6 +15,6 @@ class Shipped(Case):
         self.assertLess((ROOT / "demo.pt").stat().st_size, 8e6)
         self.assertIn("demo.pt", ok("sample --steps 5 --num 200"))  # in a bare folder
         self.assertGreaterEqual(demo.judge(pictures("samples")), 0.90)
-        real = shapes.pictures("shapes://val", 300)
+        real = shapes.pictures("shapes://val", 200)
         self.assertGreaterEqual(demo.judge(real), 0.95)
         self.assertLess(demo.judge(np.roll(real, 1, 0)), 0.1)  # each asked for another class

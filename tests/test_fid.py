@@ -1,6 +1,5 @@
 """Numbers about pictures: reference answers, known answers, the command, what it refuses, real weights."""
 import functools
-import itertools
 import json
 import os
 import shutil
@@ -18,40 +17,6 @@ from lib.perceptual import LPIPS
 from tests.helpers import REAL, Case, image, normal, ok, pictures, run, shell, weights, write_pictures
 
 OVER_PAIRS = ("precision", "recall", "KID")  # numbers that take the features of every image
-
-
-def to_uint8(images):
-    return torch.from_numpy(data.to_uint8(images))
-
-
-class Inception(Case):
-    def setUp(self):
-        super().setUp()
-        torch.save(weights("fid_inception"), "inception.pth")
-        self.model = fid.load_inception("inception.pth")
-        self.images = to_uint8(image(31, (3, 3, 256, 256)))
-
-    def test_agrees_with_tensorflow_and_pytorch_fid(self):
-        for protocol, output, golden in [
-                ("adm", "features", "inception/tf1_resize/pool3"),
-                ("adm", "logits", "inception/tf1_resize/logits_unbiased"),
-                ("pytorch-fid", "features", "inception/pytorch_resize/pool3")]:
-            with self.subTest(golden):
-                answers = fid.inception_features(self.model, self.images, protocol)
-                self.agree(golden, answers[output][:, ::4])
-        logits = fid.inception_features(self.model, self.images)["logits"] + self.model.fc.bias
-        self.agree("inception/tf1_resize/logits", logits[:, ::4])
-        self.agree("inception/tf1_resize/softmax_sorted5", logits.softmax(1).topk(5).values)
-        with self.assertRaisesRegex(ValueError, "neither adm nor pytorch-fid"):
-            fid.inception_features(self.model, self.images, "clean-fid")
-
-    def test_spatial_features_are_seven_channels_of_mixed_6_conv_with_channels_last(self):
-        seen = []
-        self.model.Mixed_6d.branch1x1.register_forward_hook(lambda module, x, y: seen.append(y))
-        spatial = fid.inception_features(self.model, self.images)["spatial"]
-        self.assertEqual(spatial.shape, (3, 17 * 17 * 7))
-        for k, (y, x, channel) in enumerate(itertools.product(range(17), range(17), range(7))):
-            self.close(spatial[:, k], seen[0][:, channel, y, x])
 
 
 RANDOM = np.random.RandomState(41)  # behind the golden fid/*, isc/* and prc/*
@@ -148,8 +113,6 @@ class Known(fid.Source):
 
 
 class Comparison(Case):
-    """fid.compare, of sources with known features."""
-
     def test_precision_is_of_the_samples_and_recall_of_the_reference(self):
         numbers = fid.compare(Known(A), Known(B), "FD", "cpu")
         self.assertEqual((numbers["precision"], numbers["recall"]), fid.precision_recall(real=B, fake=A))
@@ -204,7 +167,8 @@ class Command(Case):
         self.assertEqual([saved[k].shape for k in ("mu", "sigma", "mu_s", "sigma_s")],
                          [(2048,), (2048, 2048), (2023,), (2023, 2023)])
         again = number("b --ref a.npz --weights . --batch 3")
-        self.close((again["FID"], again["sFID"]), (found["FID"], found["sFID"]))
+        for key in ("FID", "sFID"):
+            self.assertAlmostEqual(again[key] / found[key], 1, places=5)
         self.assertIn("\nnot measured: IS, precision, recall, KID\n", again["out"])
         self.refused("fid b --ref a.npz --weights . --protocol pytorch-fid", "a.npz", "adm protocol")
 
@@ -271,7 +235,6 @@ class Command(Case):
         self.assertAlmostEqual(both["FD-demo"] / images["FD-demo"], 1, places=5)
         self.assertEqual([both[key] for key in OVER_PAIRS], [six[key] for key in OVER_PAIRS])
         self.assertRegex(images["out"], r"FD-demo \d.*CLS token of demo.pt")
-        self.assertRegex(images["err"], "biased upward")
 
 
 class Pairs(Case):
@@ -318,7 +281,6 @@ class Pairs(Case):
         os.rename("recon/a/0.png", "recon/a/zero.png")
         self.refused(f"fid {self.COMMAND}", "in one alone: ['a/0', 'a/zero']")
         os.remove("recon/a/zero.png")
-        self.refused(f"fid {self.COMMAND}", "in one alone: ['a/0']")
         os.remove("val/a/0.bmp")
         found = number(f"{self.COMMAND} --num 4")  # of both
         self.assertEqual((found["num"], found["reference_num"]), (4, 4))

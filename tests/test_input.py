@@ -17,8 +17,11 @@ from lib import files
 from tests import helpers
 from tests.helpers import DIT_DATA, MINI_AE, MINI_DIT, REAL_DATA, Case, ok, trained
 
-NEW_AE = MINI_AE + " --name new"
-NEW_DIT = MINI_DIT + " --name new"
+# One step, so that a command that is not refused ends, too.
+NEW_AE = MINI_AE + " --name new --steps 1"
+NEW_DIT = MINI_DIT + " --name new --steps 1"
+REAL_AE = f"train_ae {REAL_DATA} --steps 1"
+REAL_DIT = DIT_DATA + " --model 1,32,2 --steps 1"
 
 NO_NETWORK = ("https://", "no network", "--weights")
 MISSING_FILES = [
@@ -39,28 +42,28 @@ DAMAGED_FILES = [
     *[(f"sample --ckpt {file}", file) for file in (
         "text.pt", "half.pt", "list.pt", "ema.pt", "mlp.pth", "nowhere.pt", "sit.pt")],
     *[(f"sample --ckpt sit-{damage}.pt", f"sit-{damage}.pt", word) for damage, word in (
-        ("config", "KeyError"), ("lacks", "Missing key"), ("flipped", "fingerprint"),
+        ("config", "KeyError"), ("lacks", "Missing key"), ("changed", "fingerprint"),
         ("nan", "fingerprint"))],
     # An autoencoder.
     *[(f"train_dit --demo --steps 1 --name new --ae {file}", file) for file in (
         "text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt", "ae-config.pt",
-        "ae-lacks.pt", "ae-flipped.pt", "ae-nan.pt")],
+        "ae-lacks.pt", "ae-changed.pt", "ae-nan.pt")],
     # Latent statistics.
     *[(f"sample --latent-stats {file}", file) for file in ("text.npz", "mlp.pth")],
     ("sample --latent-stats stats.npz", "5 channels", "72"),
     ("sample --latent-stats zero-std.npz", "deviations above 0"),
     # A packed set.
-    *[(f"{DIT_DATA} --data packed-{damage}", f"packed-{damage}", words) for damage, words in (
+    *[(f"{REAL_DIT} --data packed-{damage}", f"packed-{damage}", words) for damage, words in (
         ("labels", "not a whole packed set"), ("none", "0 images"), ("half", "not a whole packed set"))],
 ]
 
 BAD_DATA = [
     *[(f"{stage} --data {folder}", f"--data {folder}", words)
-      for stage in (f"train_ae {REAL_DATA}", DIT_DATA)
+      for stage in (REAL_AE, REAL_DIT)
       for folder, words in (("nowhere", "no such folder"), ("empty", "class folders"),
                             ("hollow", "no images"))],
-    (f"train_ae {REAL_DATA} --data unreadable", "no readable image"),
-    (f"{DIT_DATA} --data unreadable --workers 1", "no readable image"),
+    (f"{REAL_AE} --data unreadable", "no readable image"),
+    (f"{REAL_DIT} --data unreadable --workers 1", "no readable image"),
     ("edit reconstruct empty", "empty: no images"),
 ]
 
@@ -181,19 +184,16 @@ def write_checkpoints():
         trained_run = trained() / "runs" / run
         shutil.copytree(trained_run, f"runs/{run}", ignore=shutil.ignore_patterns("*.pt"))
         whole = files.load_checkpoint(trained_run / "last.pt")
-        for optimiser in {"opt", "opt_disc", "disc"} & whole.keys():
-            del whole[optimiser]
+        whole = {key: value for key, value in whole.items() if key not in ("opt", "opt_disc", "disc")}
         torch.save(whole, f"runs/{run}/last.pt")
         weights = whole[part]
         key = next(key for key, value in weights.items() if value.ndim == 2)
-        flipped = weights[key].clone()
-        flipped[0, 0] += 1
-        changed = {**weights, key: flipped}
+        changed = {**weights, key: weights[key] + 1}
         rest = {name: value for name, value in weights.items() if name != key}
         torch.save({**whole, "config": {"model": {}}}, f"{kind}-config.pt")
         torch.save({**whole, part: rest}, f"{kind}-lacks.pt")
-        torch.save({**whole, part: changed}, f"{kind}-flipped.pt")
-        torch.save({**whole, part: {**weights, key: flipped * torch.nan}}, f"{kind}-nan.pt")
+        torch.save({**whole, part: changed}, f"{kind}-changed.pt")
+        torch.save({**whole, part: {**weights, key: weights[key] * torch.nan}}, f"{kind}-nan.pt")
     torch.save({**whole, part: changed, "fingerprint": files.fingerprint(changed)}, "other.pt")
     shutil.copy("runs/demo-ae/last.pt", "half.pt")
     os.truncate("half.pt", os.path.getsize("half.pt") // 2)
@@ -246,14 +246,8 @@ class BadInput(Case):
         Path("ours/000000.png").write_text("an old sample")
         ok("sample --steps 2 --num 1 --out ours --overwrite")
         after = self.snapshot()
-        self.assertEqual({p.name for p in before if before[p] != after.get(p)},
-                         {"mine.png", "record.json"})
+        self.assertEqual({p.name for p in before if before[p] != after.get(p)}, {"mine.png", "record.json"})
         self.assertTrue(Path("ours/.notes").exists())
-
-    def test_readme_runs_from_top_to_bottom(self):
-        ok("sample --steps 2 --num 3")
-        ok("sample --demo --steps 3 --num 2")  # replaces its own earlier run in the default folder
-        self.assertEqual(len(helpers.pictures("samples")), 2)
 
     def test_samples_of_two_commands_are_never_mixed(self):
         ok("sample --steps 2 --num 1 --out mine")
@@ -264,3 +258,6 @@ class BadInput(Case):
         ok("sample --steps 3 --num 1 --out v1.55")
         after = self.snapshot()
         self.assertEqual([p for p in before if before[p] != after[p]], [])  # each with its own overview
+        ok("sample --steps 2 --num 3")
+        ok("sample --demo --steps 3 --num 2")  # replaces its own earlier run in the default folder
+        self.assertEqual(len(helpers.pictures("samples")), 2)
