@@ -11,25 +11,28 @@ FIRST = ("test_golden", "test_training", "test_fid")  # the longest
 
 
 class Recorder(unittest.TestResult):
-    """Also keeps the names of the tests that began."""
+    """outcomes: {test's name: [(method of a TestResult, text)]}, empty lists for those that passed."""
 
     def __init__(self):
         super().__init__()
-        self.began = []
+        self.outcomes = {}
 
     def startTest(self, test):
         super().startTest(test)
-        self.began.append(test.id())
+        self.outcomes[test.id()] = []
 
 
 def run_suite(number):
-    """In a forked process: run a suite; return its tests' names, and (kind, name, text) of trouble."""
+    """In a forked process: run one suite and return its outcomes."""
     torch.set_num_threads(1)
     record = Recorder()
     SideBySide.suites[number].run(record)
-    kinds = {"Failure": record.failures, "Error": record.errors, "Skip": record.skipped}
-    return record.began, [(kind, getattr(test, "test_case", test).id(), text)  # a subtest's has a test_case
-                          for kind, found in kinds.items() for test, text in found]
+    found = {"addFailure": record.failures, "addError": record.errors, "addSkip": record.skipped}
+    for method, tests in found.items():
+        for test, text in tests:
+            name = getattr(test, "test_case", test).id()  # a subtest's has a test_case
+            record.outcomes.setdefault(name, []).append((method, text))
+    return record.outcomes
 
 
 class SideBySide(unittest.TestSuite):
@@ -40,17 +43,15 @@ class SideBySide(unittest.TestSuite):
         SideBySide.suites = list(self)
         fork = multiprocessing.get_context("fork")
         with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), fork) as pool:
-            numbers = {pool.submit(run_suite, i): i for i in range(len(self.suites))}
-            for future in concurrent.futures.as_completed(numbers):
-                began, trouble = future.result()
-                for name in [*began, *sorted({name for _, name, _ in trouble} - set(began))]:
-                    test = unittest.suite._ErrorHolder(name)  # has a name, and nothing to run
+            futures = [pool.submit(run_suite, i) for i in range(len(self.suites))]
+            for future in concurrent.futures.as_completed(futures):
+                for name, outcomes in future.result().items():
+                    test = unittest.suite._ErrorHolder(name)  # a test's name without the test
                     result.startTest(test)
-                    found = [(kind, text) for kind, whose, text in trouble if whose == name]
-                    for kind, text in found:
-                        reason = text if kind == "Skip" else (AssertionError, AssertionError(text), None)
-                        getattr(result, f"add{kind}")(test, reason)
-                    if not found:
+                    for method, text in outcomes:
+                        reason = text if method == "addSkip" else (AssertionError, AssertionError(text), None)
+                        getattr(result, method)(test, reason)
+                    if not outcomes:
                         result.addSuccess(test)
                     result.stopTest(test)
         return result
@@ -58,6 +59,6 @@ class SideBySide(unittest.TestSuite):
 
 def load_tests(loader, tests, pattern):
     """Called by unittest for the whole package."""
-    names = [path.stem for path in sorted(Path(__file__).parent.glob("test_*.py"))]
+    names = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
     names.sort(key=lambda name: name not in FIRST)
     return SideBySide(loader.loadTestsFromName(f"tests.{name}") for name in names)

@@ -34,8 +34,8 @@ from lib import data, files, runs, shapes
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the numbers here are a CPU's
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"  # real weights and images; tests that need them skip without
-train_ae.ALIGNMENT_IMAGES = 16  # here and in start(), or every run would draw thousands of images
-train_dit.LATENT_IMAGES = 64
+train_ae.ALIGNMENT_IMAGES = train_dit.LATENT_IMAGES = 16  # or every run would draw thousands of images
+shapes.dataset = functools.cache(shapes.dataset)  # which stay in memory, once drawn
 GOLDEN = files.load_npz(ROOT / "assets" / "golden.npz")
 MANIFESTS = json.loads(GOLDEN["manifests"].tobytes())
 GOLDEN |= files.load_npz(ROOT / "assets" / "golden_vae.npz")
@@ -93,10 +93,8 @@ class Case(unittest.TestCase):
     """A test in an empty folder of its own."""
 
     def setUp(self):
-        before, self.folder = os.getcwd(), Path(tempfile.mkdtemp()).resolve()
-        self.addCleanup(shutil.rmtree, self.folder)
-        self.addCleanup(os.chdir, before)
-        os.chdir(self.folder)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory())).resolve()
+        self.enterContext(contextlib.chdir(self.folder))
 
     def agree(self, key, actual, rtol=1e-3, atol=1e-4, first=None):
         """A golden answer, or those for the `first` images."""
@@ -134,7 +132,6 @@ class Case(unittest.TestCase):
             after = self.snapshot()
             self.assertEqual(before.keys(), after.keys())
             self.assertEqual([p for p in before if before[p] != after[p]], [])
-
 
     def refuse_all(self, table):
         """refused() for rows of a command and its words."""
@@ -249,14 +246,11 @@ MINI_DIT = ("train_dit --demo --batch 8 --model 2,32,2 --lr 0.01 --ema-decay 0.5
 @functools.cache
 def trained():
     """A folder in which both --demo stages have run for a few steps, by the real command lines."""
-    folder, before = Path(tempfile.mkdtemp()).resolve(), os.getcwd()
+    folder = Path(tempfile.mkdtemp()).resolve()
     multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), exitpriority=0)  # in a forked process too
-    os.chdir(folder)
-    try:
+    with contextlib.chdir(folder):
         ok(MINI_AE + " --steps 4 --save-every 2")
         ok(MINI_DIT + " --steps 6")
-    finally:
-        os.chdir(before)
     return folder
 
 
