@@ -2,7 +2,6 @@
 import functools
 import json
 import os
-import shutil
 import unittest
 from pathlib import Path
 from unittest import mock
@@ -18,7 +17,6 @@ from tests.helpers import REAL, Case, image, normal, ok, pictures, run, shell, w
 
 OVER_PAIRS = ("precision", "recall", "KID")  # numbers that take the features of every image
 
-
 RANDOM = np.random.RandomState(41)  # behind the golden fid/*, isc/* and prc/*
 A = torch.from_numpy(RANDOM.standard_normal((600, 64)) @ (RANDOM.standard_normal((64, 64)) / 8) + .3)
 B = torch.from_numpy(RANDOM.standard_normal((700, 64)) @ (RANDOM.standard_normal((64, 64)) / 8))
@@ -31,20 +29,18 @@ def mean_and_covariance(features):
 
 class Formulas(Case):
     def test_frechet_distance_agrees_to_six_digits_whatever_the_rank(self):
-        for golden, a, b in [("fid/distance", A, B), ("fid/rank_deficient", A[:20], B[:25])]:
-            a = mean_and_covariance(a)
-            b = mean_and_covariance(b)
+        for golden, *pair in [("fid/distance", A, B), ("fid/rank_deficient", A[:20], B[:25])]:
+            a, b = map(mean_and_covariance, pair)
             self.agree(golden, fid.frechet_distance(*a, *b), 1e-6, 0)
             self.assertLess(fid.frechet_distance(*a, *a), 1e-6)
 
     def test_frechet_distance_of_gaussians_with_a_known_answer(self):
         r = np.random.RandomState(0)
         turn = np.linalg.qr(r.standard_normal((50, 50)))[0]
-        variances = r.uniform(0, 4, (2, 50))
-        variances[0, :5] = variances[1, 3:9] = 0  # of different rank
+        full, b = r.uniform(0, 4, (2, 50))
+        full[:5] = b[3:9] = 0  # of different rank
         mean = r.standard_normal(50)
-        b = variances[1]
-        for a in (variances[0], np.zeros(50)):
+        for a in (full, np.zeros(50)):
             known = (mean ** 2 + (a ** .5 - b ** .5) ** 2).sum()  # they commute
             found = fid.frechet_distance(mean, turn * a @ turn.T, 0 * mean, turn * b @ turn.T)
             self.assertAlmostEqual(found, known, delta=1e-5 * known)
@@ -62,8 +58,6 @@ class Formulas(Case):
 
     def test_inception_score(self):
         self.agree("isc/logits_mean_std", fid.inception_score(LOGITS), 1e-6, 1e-6)
-        sure = 1000 * np.eye(20)[np.arange(400) % 20]  # 20 classes, each certain and equally frequent
-        self.close(fid.inception_score(sure), (20., 0.), 1e-6)
 
     def test_precision_and_recall(self):
         def share_covered(x, centres, k):
@@ -72,12 +66,10 @@ class Formulas(Case):
 
         # The golden entry's first number counts 63 of 600, so that A is the generated set there.
         self.agree("prc/k3_real_is_A", fid.precision_recall(B, A), 1e-6, 0)
-        for fake, k, block in [(B, 3, 4096), (B, 3, 100), (B, 5, 7), (A[:4], 3, 256)]:
+        for x, k, block in [(B, 3, 4096), (B, 3, 100), (B, 5, 7), (A[:4], 3, 9), (A, 3, 9), (A + 100, 3, 9)]:
             with self.subTest(k=k, block=block), mock.patch("fid.BLOCK", block):
-                known = share_covered(fake, A, k), share_covered(A, fake, k)
-                self.close(fid.precision_recall(A, fake, k), known, 1e-6)
-        self.assertEqual(fid.precision_recall(A, A), (1, 1))
-        self.assertEqual(fid.precision_recall(A, A + 100), (0, 0))
+                known = share_covered(x, A, k), share_covered(A, x, k)
+                self.close(fid.precision_recall(A, x, k), known, 1e-6)
 
     def test_kernel_distance(self):
         features = torch.cat([A[:30], B[:40]])
@@ -88,8 +80,6 @@ class Formulas(Case):
         for block in (4096, 7):
             with mock.patch("fid.BLOCK", block):
                 self.assertAlmostEqual(fid.kernel_distance(A[:30], B[:40]), known, places=10)
-        x = normal(0, 4000, 8)
-        self.assertAlmostEqual(fid.kernel_distance(x[:2000], x[2000:]), 0, delta=0.01)  # unbiased
 
     def test_psnr_and_ssim(self):
         a = torch.from_numpy(data.to_uint8(image(51, (2, 3, 256, 256))))
@@ -97,8 +87,6 @@ class Formulas(Case):
         b = (a + torch.from_numpy(noise).permute(0, 2, 3, 1)).clip(0, 255).byte()
         self.agree("psnr/uint8", fid.psnr(a, b), 1e-6, 1e-6)
         self.agree("ssim/gaussian11_sigma1.5_rgbmean", fid.ssim(a, b), 1e-6, 1e-6)
-        self.assertEqual(fid.psnr(a, a).tolist(), [np.inf] * 2)
-        self.assertEqual(fid.ssim(a, a).tolist(), [1] * 2)
 
 
 class Known(fid.Source):
@@ -118,17 +106,42 @@ class Comparison(Case):
         self.assertEqual((numbers["precision"], numbers["recall"]), fid.precision_recall(real=B, fake=A))
         self.assertGreater(abs(numbers["precision"] - numbers["recall"]), 0.01)
 
-    def test_inception_score_takes_class_folders_in_turn(self):
+    def test_inception_score_takes_class_folders_in_turn_and_too_few_images_give_no_number(self):
         sure = torch.from_numpy(1000 * np.eye(2)[np.arange(20) // 10])  # x is one class, y the other
         for folders, score in [("xy", 2), ("xx", 1)]:
             paths = [f"a/{folders[i // 10]}/{i}.png" for i in range(20)]
             fake = Known(normal(0, 20, 3), paths, logits=sure)
             self.assertAlmostEqual(fid.compare(fake, fake, "FID", "cpu")["IS"], score, places=6)
-
-    def test_what_cannot_be_measured_is_not_a_number(self):
         few = Known(normal(0, 3, 3), logits=normal(0, 3, 5))
         numbers = fid.compare(few, few, "FID", "cpu")
         self.assertEqual([key for key in numbers if np.isnan(numbers[key])], ["sFID", "IS", *OVER_PAIRS])
+
+
+TO_GOOD = "--ref good --demo --workers 0"
+REFUSED = [
+    # Sources.
+    (f"fid one {TO_GOOD}", "one: 1 images", "at least 2"),
+    (f"fid nowhere {TO_GOOD}", "nowhere: not a folder of images or an .npz"),
+    (f"fid good --num 5 {TO_GOOD}", "good: 4 images", "at least 5"),
+    (f"fid mixed {TO_GOOD}", "mixed/1.png and mixed/0.png differ in size", "--size"),
+    (f"fid bad {TO_GOOD}", "bad/a/1.png", "not a readable image"),
+    (f"fid half.npz {TO_GOOD}", "half.npz: 0 images"),
+    (f"fid float.npz {TO_GOOD}", "float.npz", "uint8"),
+    (f"fid text.npz {TO_GOOD}", "text.npz: not a folder of images or an .npz"),
+    (f"fid eight.npz {TO_GOOD}", "eight.npz", "good", "other features"),
+    (f"fid eight.npz --num 3 {TO_GOOD}", "eight.npz: 0 images", "at least 3"),
+    (f"fid eight.npz --save-stats ./good/../eight.npz {TO_GOOD}", "eight.npz is measured"),
+    ("fid good --ref nowhere.npz --demo", "nowhere.npz"),
+    # Flags.
+    ("fid good --demo --protocol pytorch-fid", "--protocol", "--demo"),
+    ("fid good --features x.pth --protocol pytorch-fid --ref good", "--features", "--protocol"),
+    ("fid good --demo --json no/x.json", "--json", "'no/x.json'", "no folder"),
+    ("fid good --demo --save-stats good", "--save-stats: 'good': is a folder"),
+    ("fid bad --demo --paired --num 2", "--paired", "bad", "shapes://val"),
+    ("fid good --paired", "--paired", "--ref"),
+    ("fid good --features x.pth", "--features", "--ref"),
+    ("fid good --demo --paired --ref eight.npz", "--paired", "good", "eight.npz"),
+]
 
 
 def number(command, processes=1):
@@ -151,8 +164,6 @@ class Command(Case):
         self.assertRegex(found["out"], r"FID \d.*sFID \d.*IS \d\S* \+- \d.*precision.*recall.*KID.*12 "
                                        rf"images of a against 4 images of b, adm protocol, {fid.INCEPTION}")
         self.assertRegex(found["err"], "biased upward")
-        self.assertEqual((found["num"], found["reference_num"], found["not_measured"]), (12, 4, []))
-
         # The numbers are those of the formulas.
         model = fid.load_inception(fid.INCEPTION)
         a, b = (fid.inception_features(model, torch.from_numpy(pictures(x))) for x in "ab")
@@ -161,17 +172,14 @@ class Command(Case):
             self.assertAlmostEqual(found[name] / fid.frechet_distance(*x, *y), 1, places=4)
         self.assertGreater(found["IS"], 1.05)
         self.assertAlmostEqual(found["IS"], fid.inception_score(a["logits"])[0], places=4)
-
         # Saved statistics are what pytorch-fid and ADM's evaluator read, and stand for their images.
         saved = files.load_npz("a.npz")
-        self.assertEqual([saved[k].shape for k in ("mu", "sigma", "mu_s", "sigma_s")],
-                         [(2048,), (2048, 2048), (2023,), (2023, 2023)])
+        self.assertLessEqual({"mu", "sigma", "mu_s", "sigma_s"}, saved.keys())
         again = number("b --ref a.npz --weights . --batch 3")
         for key in ("FID", "sFID"):
             self.assertAlmostEqual(again[key] / found[key], 1, places=5)
         self.assertIn("\nnot measured: IS, precision, recall, KID\n", again["out"])
         self.refused("fid b --ref a.npz --weights . --protocol pytorch-fid", "a.npz", "adm protocol")
-
         # So do another program's, which have mu and sigma alone, and may be of the other protocol.
         np.savez("foreign.npz", mu=saved["mu"], sigma=saved["sigma"])
         bare = number("a.npz --ref foreign.npz --weights .")
@@ -225,16 +233,29 @@ class Command(Case):
         write_pictures("a", 6)
         write_pictures("b", 9, first=50)
         encoder = f"--features {shapes.DEMO_PT}"
-        code, out, err = run(f"fid b {encoder} --save-stats b.npz")
-        self.assertEqual((code, out.splitlines()[1:]), (0, ["statistics of b written to b.npz"]), err)
-        np.savez("both.npz", **files.load_npz("b.npz"), arr_0=pictures("b")[:6])
-        np.savez("six.npz", arr_0=pictures("b")[:6])
-        images, statistics, six, both = (number(f"a --ref {reference} {encoder}")
-                                         for reference in ("b", "b.npz", "six.npz", "both.npz"))
-        self.assertIn("9 images of b.npz", statistics["out"])
+        printed = ok(f"fid b {encoder} --save-stats b.npz").splitlines()
+        self.assertEqual(printed[1:], ["statistics of b written to b.npz"])
+        np.savez("both.npz", **files.load_npz("b.npz"), arr_0=pictures("a"))
+        images, same, both = (number(f"a --ref {name} {encoder}") for name in ("b", "a", "both.npz"))
+        self.assertIn("9 images of both.npz", both["out"])
         self.assertAlmostEqual(both["FD-demo"] / images["FD-demo"], 1, places=5)
-        self.assertEqual([both[key] for key in OVER_PAIRS], [six[key] for key in OVER_PAIRS])
+        self.assertEqual([both[key] for key in OVER_PAIRS], [same[key] for key in OVER_PAIRS])
         self.assertRegex(images["out"], r"FD-demo \d.*CLS token of demo.pt")
+
+    def test_commands_that_cannot_be_right_end_in_one_line_and_write_nothing(self):
+        for folder, count in (("good", 4), ("one", 1), ("mixed", 3), ("bad/a", 2)):
+            write_pictures(folder, count)
+        Image.open("mixed/1.png").resize((40, 36)).save("mixed/1.png")
+        Path("bad/a/1.png").write_bytes(Path("bad/a/0.png").read_bytes()[:100])
+        np.savez("half.npz", mu=np.zeros(8))
+        np.savez("eight.npz", mu=np.zeros(8), sigma=np.eye(8))
+        np.savez("float.npz", arr_0=np.zeros((4, 8, 8, 3)))
+        Path("text.npz").write_text("not an archive")
+        self.refuse_all(REFUSED)
+        with mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
+            self.refused("fid good --weights .", fid.ADM_REFERENCE, "https://openaipublic", "no network")
+        with mock.patch("svg.Encoder.forward", lambda *_, **__: torch.full((4, 1, 8), torch.nan)):
+            self.refused(f"fid good {TO_GOOD}", "good: features are not finite")
 
 
 class Pairs(Case):
@@ -248,14 +269,12 @@ class Pairs(Case):
         val = (recon + noise).clip(0, 255).astype(np.uint8)
         self.sides = [torch.from_numpy(recon), torch.from_numpy(val)]
         os.makedirs("val/a")
-        for i in range(8):
-            larger = Image.fromarray(val[i]).resize((64, 64), Image.Resampling.BOX)
-            larger.save(f"val/a/{i}.bmp")  # is cropped to the samples' size
+        for i, array in enumerate(val):  # larger, and cropped to the samples' size
+            Image.fromarray(array).resize((64, 64), Image.Resampling.BOX).save(f"val/a/{i}.bmp")
 
     def test_all_numbers_of_pairs_in_one_command(self):
         found = number(self.COMMAND)
         self.assertRegex(found["out"], r"\nrFD-demo-encoder \d.*PSNR \d\S* \+- \d.*SSIM \d\S* \+- \d")
-        self.assertNotIn("LPIPS", found)
         scores = torch.stack([fid.psnr(*self.sides), fid.ssim(*self.sides)])
         known = torch.stack([scores.mean(1), scores.std(1, correction=0)], 1)
         self.close([found[key] for key in ("PSNR", "PSNR_std", "SSIM", "SSIM_std")], known.flatten().tolist())
@@ -282,59 +301,10 @@ class Pairs(Case):
         self.refused(f"fid {self.COMMAND}", "in one alone: ['a/0', 'a/zero']")
         os.remove("recon/a/zero.png")
         os.remove("val/a/0.bmp")
-        found = number(f"{self.COMMAND} --num 4")  # of both
-        self.assertEqual((found["num"], found["reference_num"]), (4, 4))
         known = fid.psnr(*[side[1:5] for side in self.sides]).mean().item()
-        self.assertAlmostEqual(found["PSNR"], known, places=6)
-        shutil.copy("recon/a/1.png", "recon/a/1.bmp")
+        self.assertAlmostEqual(number(f"{self.COMMAND} --num 4")["PSNR"], known, places=6)  # of both
+        os.link("recon/a/1.png", "recon/a/1.bmp")
         self.refused(f"fid {self.COMMAND}", "8 images of recon", "7 images of val")
-
-
-TO_GOOD = "--ref good --demo --workers 0"
-REFUSED = [
-    # Sources.
-    (f"fid one {TO_GOOD}", "one: 1 images", "at least 2"),
-    (f"fid nowhere {TO_GOOD}", "nowhere: not a folder of images or an .npz"),
-    (f"fid good --num 5 {TO_GOOD}", "good: 4 images", "at least 5"),
-    (f"fid mixed {TO_GOOD}", "mixed/1.png and mixed/0.png differ in size", "--size"),
-    (f"fid bad {TO_GOOD}", "bad/a/1.png", "not a readable image"),
-    (f"fid half.npz {TO_GOOD}", "half.npz: 0 images"),
-    (f"fid float.npz {TO_GOOD}", "float.npz", "uint8"),
-    (f"fid text.npz {TO_GOOD}", "text.npz: not a folder of images or an .npz"),
-    (f"fid eight.npz {TO_GOOD}", "eight.npz", "good", "other features"),
-    (f"fid eight.npz --num 3 {TO_GOOD}", "eight.npz: 0 images", "at least 3"),
-    (f"fid eight.npz --save-stats ./good/../eight.npz {TO_GOOD}", "eight.npz is measured"),
-    ("fid good --ref nowhere.npz --demo", "nowhere.npz"),
-    # Flags.
-    ("fid good --demo --protocol pytorch-fid", "--protocol", "--demo"),
-    ("fid good --features x.pth --protocol pytorch-fid --ref good", "--features", "--protocol"),
-    ("fid good --demo --json no/x.json", "--json", "'no/x.json'", "no folder"),
-    ("fid good --demo --save-stats good", "--save-stats: 'good': is a folder"),
-    ("fid bad --demo --paired --num 2", "--paired", "bad", "shapes://val"),
-    ("fid good --paired", "--paired", "--ref"),
-    ("fid good --features x.pth", "--features", "--ref"),
-    ("fid good --demo --paired --ref eight.npz", "--paired", "good", "eight.npz"),
-]
-
-
-class Refused(Case):
-    """Commands that end in one line that says what is wrong, before anything is written."""
-
-    def test_commands_that_cannot_be_right(self):
-        for folder, count in (("good", 4), ("one", 1), ("mixed", 3), ("bad/a", 2)):
-            write_pictures(folder, count)
-        Image.open("mixed/1.png").resize((40, 36)).save("mixed/1.png")
-        Path("bad/a/1.png").write_bytes(Path("bad/a/0.png").read_bytes()[:100])
-        np.savez("half.npz", mu=np.zeros(8))
-        np.savez("eight.npz", mu=np.zeros(8), sigma=np.eye(8))
-        np.savez("float.npz", arr_0=np.zeros((4, 8, 8, 3)))
-        Path("text.npz").write_text("not an archive")
-        self.refuse_all(REFUSED)
-        with mock.patch("torch.hub.download_url_to_file", side_effect=OSError("no network")):
-            self.refused("fid good --weights .", fid.ADM_REFERENCE, "https://openaipublic", "no network")
-            self.refused("fid good --save-stats x.npz --weights .", fid.INCEPTION, "https://", "--weights")
-        with mock.patch("svg.Encoder.forward", lambda *_, **__: torch.full((4, 1, 8), torch.nan)):
-            self.refused(f"fid good {TO_GOOD}", "good: features are not finite")
 
 
 @unittest.skipUnless(REAL.is_dir(), "real weights are not here")
@@ -349,17 +319,12 @@ class RealWeights(Case):
         out = number(f"recon {where} --features dinov2_vits14_pretrain.pth")["out"]
         self.assertRegex(out, r"FD-dinov2_vits14 .*CLS token of dinov2_vits14_pretrain.pth \(.*\) on 16x16")
         found = number(f"recon {where} --paired")
-        self.assertRegex(found["out"], r"rFID .*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
-        self.assertEqual(found["not_measured"], [])
-
+        self.assertRegex(found["out"], r"rFID [1-9].*PSNR .* \+- .*SSIM.*LPIPS .* \+- ")
         lpips = LPIPS(REAL / "weights/vgg16-397923af.pth")
         images = torch.from_numpy(np.stack([*fid.Source("recon"), *fid.Source("val")]))
         recon, val = data.to_float(images, "cpu").split(3)
         one_by_one = torch.cat([lpips(recon[i:i + 1], val[i:i + 1]) for i in range(3)])
         self.assertAlmostEqual(found["LPIPS"], one_by_one.mean().item(), places=5)
-        self.assertAlmostEqual(found["LPIPS_std"], one_by_one.std(correction=0).item(), places=5)
         self.assertLess(one_by_one.max(), lpips(val[:1], val[1:2]).item())  # another image is farther
         inception = fid.load_inception(REAL / "weights" / fid.INCEPTION)
-        answers = fid.inception_features(inception, images[:1])
-        self.assertEqual((answers["features"].shape, "logits" in answers), ((1, 2048), False))
-        self.assertGreater(answers["features"].mean(), 0.1)
+        self.assertNotIn("logits", fid.inception_features(inception, images[:1]))
