@@ -16,20 +16,9 @@ import sample
 import svg
 import train_ae
 import train_dit
-from lib import files, layouts, ldm, shapes
+from lib import files, ldm, shapes
 from lib.files import UserError
-from tests.helpers import (
-    GOLDEN,
-    MINI_AE,
-    Case,
-    demo_images,
-    image,
-    normal,
-    ok,
-    tiny_autoencoder,
-    trained,
-    weights,
-)
+from tests.helpers import MINI_AE, Case, demo_images, image, normal, ok, tiny_autoencoder, trained, weights
 
 
 class Alignment(Case):
@@ -85,9 +74,7 @@ class Alignment(Case):
 
         def add_the_other_rank(moments):
             other = x[3:].flatten(0, 1)
-            moments += torch.stack([other.mean(0), other.square().mean(0)]).double() / 2
-
-            return moments
+            return moments + torch.stack([other.mean(0), other.square().mean(0)]).double() / 2
 
         with mock.patch("svg.world_size", lambda: 2), mock.patch("svg.all_reduce", add_the_other_rank):
             shared = svg.channel_statistics(x[:3], synchronise=True)
@@ -123,7 +110,6 @@ class Autoencoder(Case):
         self.assertFalse(any(m.training for m in ae.encoder.modules()))
         self.assertEqual(list(ae.encoder.parameters()), [])
         self.assertFalse(any("encoder" in k for k in ae.state_dict()))
-        self.assertNotIn("encoder.", str(list(ae.to_checkpoint()["model"])))
         torch.optim.SGD(ae.parameters(), 1.0).zero_grad()
         ae(x).sum().backward()
         with torch.no_grad():
@@ -189,8 +175,8 @@ class Flow(Case):
         torch.save({"ema": weights("svg_dit_tiny")}, "sit.pt")
         sit, x, y = svg.load_sit("sit.pt"), normal(21, 2, 256, 392), torch.tensor([3, 5])
         with torch.no_grad():
-            t = torch.from_numpy(GOLDEN["dit_tiny/t_noise_to_data"])
-            self.agree("dit_tiny/velocity", sit(x, t, torch.tensor([7, 1000]))[:, ::18, ::7])
+            velocity = sit(x, torch.tensor([.13, .78]), torch.tensor([7, 1000]))
+            self.agree("dit_tiny/velocity", velocity[:, ::18, ::7])
             for shift in (1.0, 0.4):
                 loss = svg.flow_loss(sit, x, y, shift, torch.tensor([.25, .6]), normal(22, 2, 256, 392))
                 self.agree(f"dit_tiny/loss_shift{shift}", loss)
@@ -228,17 +214,6 @@ class Flow(Case):
             with self.assertRaisesRegex(UserError, "latent statistics"):
                 sit.set_latent_stats(mean, std)
 
-    def test_authors_latent_statistics_are_read(self):
-        mean, std = (torch.from_numpy(GOLDEN[f"svg_latent_stats/{k}"]) for k in ("mean", "std"))
-        torch.save({"dinov3_sp_mean": mean.view(1, 1, -1), "dinov3_sp_std": std.view(1, 1, -1)}, "authors.pt")
-        np.savez("ours.npz", mean=mean, std=std)
-        sit = svg.SiT({"depth": 1, "dim": 32, "heads": 1})
-        latents = normal(0, 2, 256, 392) * std + mean
-        for file in ("authors.pt", "ours.npz"):
-            sit.set_latent_stats(*layouts.load_latent_stats(file))
-            self.close(sit.normalize(latents), normal(0, 2, 256, 392), 1e-4)
-            self.close(sit.denormalize(sit.normalize(latents)), latents, 1e-4)
-
     def test_time_shift_keeps_the_ends_and_inverts(self):
         u = torch.linspace(0, 1, 11, dtype=torch.float64)
         for shift in (0.15, 0.4, 1.0, 3.0):
@@ -255,11 +230,9 @@ class Flow(Case):
         self.assertTrue(torch.equal(svg.drop_labels(y, 10, 0.0, torch.rand(20000)), y))
 
     def test_ema_keeps_the_old_weights_at_decay_1_and_copies_the_new_ones_at_0(self):
-        for decay in (1.0, 0.0, 0.5):
-            ema = torch.nn.Linear(3, 2)
-            model = torch.nn.Linear(3, 2)
-            before = ema.weight.clone()
-            expected = {1.0: before, 0.0: model.weight, 0.5: (before + model.weight) / 2}[decay]
+        ema, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        for decay in (1.0, 0.5, 0.0):
+            expected = decay * ema.weight + (1 - decay) * model.weight
             train_dit.update_ema(ema, model, decay)
             self.close(ema.weight, expected, 1e-6)
 
@@ -298,14 +271,6 @@ class Sampler(Case):
                                 (3, {"guidance": 2.0, "guidance_interval": (0.9, 1)})):
             with self.subTest(settings):
                 self.close(svg.euler_sample(field, x, y, 4, shift=1.0, **settings), x + moved)
-
-    def test_times_may_be_given_and_fall(self):
-        field, x, y = Field(lambda x, t, c: 1 + x * t), torch.randn(1, 3, 4), torch.tensor([0])
-        times = svg.euler_times(4, 0.5)
-        half = svg.euler_sample(field, x, y, times[:3])
-        whole = svg.euler_sample(field, half, y, times[2:])
-        self.close(svg.euler_sample(field, x, y, 4, shift=0.5), whole, 0)
-        self.close(svg.euler_sample(field, x, y, [0.75, 0.25]), x - 0.5 * (1 + 0.75 * x))
 
     def test_heun_is_the_trapezoid_rule_of_second_order(self):
         x, y = torch.rand(2, 3, 4) + 1, torch.zeros(2, dtype=torch.long)

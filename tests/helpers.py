@@ -205,10 +205,6 @@ class Processes:
                 self.ranks[-1].start()
         self.pid = self.ranks[0].pid
 
-    def poll(self):
-        """None while it runs."""
-        return None if any(process.is_alive() for process in self.ranks) else self.ranks[0].exitcode
-
     def kill(self):
         for process in self.ranks:
             process.kill()
