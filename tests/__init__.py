@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-FIRST = ("test_golden", "test_training", "test_fid")  # the longest
+LONGEST_FIRST = ("test_golden", "test_training", "test_fid", "test_probe", "test_input")
 
 
 class Recorder(unittest.TestResult):
@@ -59,6 +59,6 @@ class SideBySide(unittest.TestSuite):
 
 def load_tests(loader, tests, pattern):
     """Called by unittest for the whole package."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
-    names.sort(key=lambda name: name not in FIRST)
+    found = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
+    names = dict.fromkeys([*LONGEST_FIRST, *found])
     return SideBySide(loader.loadTestsFromName(f"tests.{name}") for name in names)

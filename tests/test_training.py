@@ -169,8 +169,6 @@ class Commands(Case):
 
 
 class Cache(Case):
-    """train_dit.py --cache: latents encoded once and kept in memory."""
-
     def setUp(self):
         super().setUp()
         for name in ("train/a", "train/b"):
@@ -233,8 +231,6 @@ def save_and_be_killed(point):
 
 
 class Training(Case):
-    """What a run of a week leans on: equal numbers however it is cut up; no fault costs more than a save."""
-
     def stops(self, command, words):
         """An error in one line that holds some words, whatever the run wrote before it."""
         code, _, err = run(command)
