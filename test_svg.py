@@ -17,7 +17,6 @@ import svg
 import train_ae
 import train_dit
 from lib import files, ldm, shapes
-from lib.files import UserError
 from tests.helpers import MINI_AE, Case, demo_images, image, normal, ok, tiny_autoencoder, trained, weights
 
 
@@ -137,7 +136,7 @@ class Autoencoder(Case):
         for size, grid in ((256, 16), (64, 8)):
             model = svg.Autoencoder(None, feature_channels=8, image_size=size, grid=grid, decoder={"ch": 32})
             self.assertEqual(model.decode(torch.zeros(1, grid * grid, 16)).shape, (1, 3, size, size))
-        with self.assertRaisesRegex(UserError, "power of two"):
+        with self.assertRaisesRegex(files.UserError, "power of two"):
             svg.Autoencoder(None, feature_channels=8, image_size=96, grid=8)
 
     def test_upsampling_is_nearest_neighbours_and_a_convolution(self):
@@ -211,7 +210,7 @@ class Flow(Case):
         self.close(normalised.std(0), torch.ones(72), 1e-3)
         self.close(sit.denormalize(sit.normalize(latents)), latents, 1e-4)
         for mean, std in ((torch.zeros(5), torch.ones(5)), (torch.zeros(72), torch.zeros(72))):
-            with self.assertRaisesRegex(UserError, "latent statistics"):
+            with self.assertRaisesRegex(files.UserError, "latent statistics"):
                 sit.set_latent_stats(mean, std)
 
     def test_time_shift_keeps_the_ends_and_inverts(self):
@@ -322,7 +321,7 @@ class Loading(Case):
         x = demo_images(2)
         self.assertTrue(torch.equal(whole(x), decoder.decode(whole.encode(x))))
         self.assertIsNone(decoder.encoder)
-        with self.assertRaisesRegex(UserError, "other encoder weights"):
+        with self.assertRaisesRegex(files.UserError, "other encoder weights"):
             svg.load_autoencoder(path, svg.Encoder(svg.ViT(8, 64, 4, 1, registers=4), "demo", "other.pt"))
 
     def test_transformer_checkpoint_round_trip_gives_the_ema(self):

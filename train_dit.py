@@ -1,7 +1,7 @@
 """Stage 2: train the diffusion transformer on the latents of a stage-1 autoencoder.
 
     torchrun --nproc_per_node=8 train_dit.py --model XL --data imagenet/train  # the paper's recipe, batch 256
-    python train_dit.py --demo --cache                                         # after train_ae.py --demo
+    python train_dit.py --demo                                                 # after train_ae.py --demo
 
 Finds the newest stage-1 run (or takes --ae) and records its fingerprint. Writes runs/<name>/ like stage 1,
 with samples labelled by class as previews. The same command resumes from last.pt.
@@ -17,8 +17,8 @@ from lib import data, figures, files, layouts, runs
 from lib.files import UserError
 
 DEMO = {  # what --demo changes
-    "data": "shapes://train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 3300,
-    "ema_decay": 0.99, "log_every": 100, "save_every": 1100, "preview_every": 1100, "workers": 0}
+    "data": "shapes://train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 2700,
+    "ema_decay": 0.99, "log_every": 100, "save_every": 900, "preview_every": 900, "workers": 0}
 LATENT_IMAGES = 10_240  # that measure the latents' mean and std at the start; whole batches, as a rule
 
 

@@ -135,7 +135,6 @@ class Commands(Case):
         ok("edit reconstruct real")
         self.assertEqual(sorted(os.listdir("reconstructions/a")), ["0.png", "1.png", "2.png"])
         self.assertTrue(os.path.exists("reconstructions/overview/reconstructions.png"))
-
         ok("sample --export all.pt")
         shutil.rmtree("runs")
         ok(command, "--ckpt", "all.pt", "--out", "exported")
