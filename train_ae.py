@@ -25,8 +25,8 @@ from lib.perceptual import LPIPS
 DEMO = {  # what --demo changes: sizes, schedule, and the losses that need a download
     "data": "shapes://train", "name": "demo-ae", "encoder": str(shapes.DEMO_PT), "image_size": shapes.SIZE,
     "grid": shapes.GRID, "decoder_channels": 32, "decoder_mult": "1,1,2,2", "residual_dim": 64,
-    "residual_depth": 2, "lpips": 0.0, "gan": 0.0, "batch": 32, "lr": 8e-4, "steps": 800, "log_every": 100,
-    "save_every": 400, "preview_every": 400, "workers": 0}
+    "residual_depth": 2, "lpips": 0.0, "gan": 0.0, "batch": 16, "lr": 5e-4, "steps": 1050,
+    "log_every": 50, "save_every": 1050, "preview_every": 350, "workers": 0}
 
 ALIGNMENT_IMAGES = 2048  # that measure the alignment statistics at each save
 

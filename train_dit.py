@@ -17,8 +17,8 @@ from lib import data, figures, files, layouts, runs
 from lib.files import UserError
 
 DEMO = {  # what --demo changes
-    "data": "shapes://train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 1e-3, "steps": 2700,
-    "ema_decay": 0.99, "log_every": 100, "save_every": 900, "preview_every": 900, "workers": 0}
+    "data": "shapes://train", "name": "demo-dit", "model": "6,128,4", "batch": 64, "lr": 2e-3, "shift": 0.25,
+    "steps": 1250, "ema_decay": 0.99, "log_every": 50, "save_every": 625, "preview_every": 625, "workers": 0}
 LATENT_IMAGES = 10_240  # that measure the latents' mean and std at the start; whole batches, as a rule
 
 
