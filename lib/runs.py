@@ -5,6 +5,7 @@ last.pt, numbered checkpoints and preview grids.
 """
 import argparse
 import contextlib
+import ctypes
 import errno
 import fcntl
 import gc
@@ -76,6 +77,9 @@ def setup(precision="fp32"):
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     if cuda:
         return torch.device("cuda", local_rank)
+    if sys.platform == "linux":  # keep large tensors' memory: a new one is cleared, which costs a fifth
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 2**30)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
