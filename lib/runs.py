@@ -77,9 +77,9 @@ def setup(precision="fp32"):
         dist.init_process_group(backend, timeout=timedelta(hours=1))
     if cuda:
         return torch.device("cuda", local_rank)
-    if sys.platform == "linux":  # keep large tensors' memory: a new one is cleared, which costs a fifth
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, 2**30)
+    if sys.platform == "linux":  # keep tensors' memory, as new memory is cleared: training is a sixth faster
+        for parameter, size in ((-1, 2**25), (-3, 2**23)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, size)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
