@@ -46,10 +46,7 @@ CLASSES = sorted(OUTLINES)
 
 
 def _texture(rng, n, hue, value):
-    """Return two shades of a hue, RGB in [0, 255], and how much of the second is where, [n, n] in [-1, 1].
-
-    That is a gradient, stripes, a chequered pattern or grains.
-    """
+    """Return two shades of a hue, RGB in [0, 255], and the second's share [n, n]: plain, striped or grainy."""
     saturation = rng.uniform(0.5, 0.95)
 
     def shade():
