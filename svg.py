@@ -294,7 +294,7 @@ def encoder_from_weights(weights, path, name=None):
             config = weights["vit"]
             weights = weights["model"]
         else:
-            weights = layouts.official_names(weights.get("model", weights))  # MAE's are in a "model"
+            weights = layouts.official_names(layouts.unwrap(weights, layouts.VIT_MARKER))
             name = name or layouts.detect_architecture(weights, ENCODERS)
             config = ENCODERS[name]
         vit = ViT(**config)

@@ -129,9 +129,9 @@ def parse_args():
     parser = runs.Parser(__doc__, DEMO)
     runs.add_training_flags(parser, "ae", batch=512, lr=1e-4, steps=100_000)
     add = parser.add_argument
-    add("--encoder", default="dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth",
+    add("--encoder", default=next(iter(files.OPEN_ENCODERS)),
         help="frozen encoder: a path, or a file in the weights folder, to which these are downloaded: "
-        f"{', '.join(files.OPEN_ENCODERS)}; DINOv3 in sizes S, S+, B, L you put there yourself")
+        f"{', '.join(files.OPEN_ENCODERS)}")
     add("--image-size", type=runs.positive, default=256, help="pixels per side")
     add("--grid", type=runs.positive, default=16, help="latent tokens per side")
     add("--residual-channels", type=runs.not_negative, default=8,

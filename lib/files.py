@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
+import re
 import struct
 import sys
 import warnings
@@ -37,10 +39,25 @@ def reading(path, what):
     except Exception as e:  # a damaged file fails in any of torch's, zipfile's, pickle's and JSON's ways
         if "SVG_DEBUG" in os.environ:  # or this would hide a mistake of ours
             raise
-        raise UserError(f"{path}: not {what} ({short_error(e)}): damaged, or another kind of file?") from e
+        again = "; remove it, to download it again" if Path(path).name in DOWNLOADS else ""
+        raise UserError(f"{path}: not {what} ({short_error(e)}): damaged, or another kind of file?"
+                        f"{again}") from e
 
 
 # -- Writing -----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def writing(path):
+    """What fails while a file is written becomes one line that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        reason = getattr(e, "strerror", None)
+        if reason is None:  # torch.save, of whose errors none names the cause
+            reason = f"no space left on the disk, or a limit on file sizes: {str(e).splitlines()[0]}"
+        raise UserError(f"{path}: not written ({reason}): make room, or give another place; a previous file "
+                        f"of that name is intact") from e
+
 
 def write_atomically(path, write, sync=True):
     """Call write(file) on a temporary file beside `path` and rename it to `path`.
@@ -50,21 +67,17 @@ def write_atomically(path, write, sync=True):
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:
-        reason = getattr(e, "strerror", None)
-        if reason is None:  # torch.save, of whose errors none names the cause
-            reason = f"no space left on the disk, or a limit on file sizes: {str(e).splitlines()[0]}"
-        raise UserError(f"{path}: not written ({reason}): make room, or give another place; a previous file "
-                        f"of that name is intact") from e
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        temporary.unlink(missing_ok=True)  # what a kill has left; a link is not followed
+        try:
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -96,7 +109,16 @@ def load_checkpoint(path):
     with reading(path, "a readable checkpoint, a dict of weights by name"):
         if str(path).endswith(".safetensors"):
             return read_safetensors(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)
+        if zipped and (damaged := zipfile.ZipFile(path).testzip()):  # torch ignores the checksums
+            raise ValueError(f"the checksum of its part {damaged} is wrong")
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        except pickle.UnpicklingError as e:
+            if found := re.search(r"GLOBAL (\S+)", str(e)):
+                raise UserError(f"{path}: holds objects of {found[1]}, whose loading could run code: save "
+                                f"the state dict alone, by torch.save(model.state_dict(), FILE)") from e
+            raise
         if not isinstance(checkpoint, dict):
             raise TypeError(f"it holds {type(checkpoint).__name__}")
         return checkpoint
@@ -104,7 +126,7 @@ def load_checkpoint(path):
 
 SAFETENSORS_TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 def read_safetensors(path):
@@ -117,7 +139,7 @@ def read_safetensors(path):
     for key, entry in header.items():
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         dtype = SAFETENSORS_TYPES[entry["dtype"]]
-        tensors[key] = torch.frombuffer(bytearray(data[start:end]), dtype=dtype).view(entry["shape"])
+        tensors[key] = torch.from_numpy(np.array(data[start:end])).view(dtype).view(entry["shape"])
     return tensors
 
 
@@ -174,13 +196,17 @@ ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches
 DINOV2 = {  # release: head of its file's SHA-256, where that is known
     "vits14": "b938bf1bc15cd2ec", "vitb14": "0b8b82f85de91b42", "vitl14": "d5383ea8f4877b24",
     "vits14_reg4": None, "vitb14_reg4": None, "vitl14_reg4": None}
+HUGGING_FACE = "https://huggingface.co"
+TIMM = "vit_{}_patch16_dinov3_qkvb.lvd1689m"  # timm's files of DINOv3, which need no form
 OPEN_ENCODERS = {  # openly published: file name -> URL, head of its SHA-256
+    **{f"{name}.safetensors": (f"{HUGGING_FACE}/timm/{name}/resolve/main/model.safetensors", None)
+       for name in map(TIMM.format, ("small_plus", "small", "base", "large"))},
     **{f"dinov2_{release}_pretrain.pth": (
         f"{META}/dinov2/dinov2_{release.removesuffix('_reg4')}/dinov2_{release}_pretrain.pth", digest)
        for release, digest in DINOV2.items()},
     "mae_pretrain_vit_base.pth": (f"{META}/mae/pretrain/mae_pretrain_vit_base.pth", None),
     "siglip2-base-patch16-256.safetensors": (
-        "https://huggingface.co/google/siglip2-base-patch16-256/resolve/main/model.safetensors", None),
+        f"{HUGGING_FACE}/google/siglip2-base-patch16-256/resolve/main/model.safetensors", None),
 }
 DOWNLOADS = {
     **OPEN_ENCODERS,
@@ -202,9 +228,9 @@ def missing_weights(path):
     """Return the message that says where to get a missing file."""
     name = os.path.basename(str(path))
     if name.startswith("dinov3"):
-        return (f"{path} is missing: Meta releases DINOv3 after a licence form (https://ai.meta.com/"
-                f"resources/models-and-libraries/dinov3-downloads/); put the file there under that name, or "
-                f"use the open DINOv2: --encoder dinov2_vits14_pretrain.pth (downloaded on first use)")
+        return (f"{path} is missing: Meta gives it out after a licence form (https://ai.meta.com/resources/"
+                f"models-and-libraries/dinov3-downloads/); put it there under that name, or take timm's: "
+                f"--encoder {TIMM.format('small_plus')}.safetensors (downloaded on first use)")
     if name in DOWNLOADS:
         return f"{path} is missing; download it from {DOWNLOADS[name][0]}"
     return f"{path}: no such file"
@@ -224,9 +250,15 @@ def download_weights(name, weights_dir=None):
             warnings.warn(f"{path} is not the published file of that name: its SHA-256 does not begin with "
                           f"{digest}")
         return
+    if "dinov3" in name:
+        print(f"downloading {name}; its use is under the DINOv3 License: "
+              f"https://ai.meta.com/resources/models-and-libraries/dinov3-license", flush=True)
+    new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), digest, sys.stderr.isatty())
     except Exception as e:  # no network, a proxy's page, a full disk, a wrong hash: one remedy for all
+        if new and path.parent.exists():
+            path.parent.rmdir()
         raise UserError(f"{missing_weights(path)} (tried just now: {short_error(e)}) and put it there, or "
                         f"name its folder by --weights or $SVG_WEIGHTS") from e

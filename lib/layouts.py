@@ -1,4 +1,4 @@
-"""Published weights -> ours: names and shapes of official, Hugging Face's and torchvision's files.
+"""Published weights -> ours: names and shapes of official, Hugging Face's, timm's and torchvision's files.
 
 Each function takes a state dict and raises whatever comes for one of another kind: its callers name the file.
 """
@@ -7,36 +7,58 @@ import re
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from lib import files
 
+WRAPPERS = ("teacher", "ema_model", "state_dict", "model")  # under which trainers nest a state dict
+
+
+def unwrap(weights, marker):
+    """Return the tensors of a network in a checkpoint, by their own names; `weights` if it is not there.
+
+    marker: a pattern that finds the name of one of its tensors. What stands before it, such as "module." or
+    "backbone.", is taken off, and what has another beginning is left out.
+    """
+    for part in (*(weights[name] for name in WRAPPERS if isinstance(weights.get(name), dict)), weights):
+        for match in filter(None, (re.search(marker, str(key)) for key in part)):
+            prefix = match.string[:match.start()]
+            return {key.removeprefix(prefix): value for key, value in part.items() if key.startswith(prefix)}
+    return weights
+
+
 # -- Vision transformers -----------------------------------------------------------------------------------
 
-# Key names of Hugging Face (transformers 4 and 5) and torchvision -> DINO's and MAE's official names.
+VIT_MARKER = r"(patch_embed\.proj|embeddings\.patch_embeddings?(\.projection)?)\.weight$"
+
+# Key names of Hugging Face (transformers 4 and 5), timm and torchvision -> DINO's and MAE's official names.
 RENAMES = [(re.compile(pattern), name) for pattern, name in [
-    (r"^(dinov\d_?\w*\.)?(model\.|encoder\.)?layer\.(\d+)\.", r"blocks.\3."),
-    (r"^vision_model\.", ""),
+    (r"^(model\.|encoder\.)?layer\.(\d+)\.", r"blocks.\2."),
     (r"^encoder\.layers\.(encoder_layer_)?(\d+)\.", r"blocks.\2."),
     (r"^embeddings\.patch_embeddings?\.(projection\.)?|^conv_proj\.", "patch_embed.proj."),
     (r"^embeddings\.position_embedding(s|\.weight)$|^encoder\.pos_embedding$", "pos_embed"),
     (r"^embeddings\.|^model\.(?=norm\.)", ""),
-    (r"^storage_tokens$", "register_tokens"),
+    (r"^(storage_tokens|reg_token)$", "register_tokens"),
     (r"^class_token$", "cls_token"),
     (r"^(post_)?layernorm\.|^encoder\.ln\.", "norm."),
     (r"\.(ln_|layer_norm)(\d)\.", r".norm\2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
     (r"\.(attention|self_attn)\.(attention\.)?(query|q_proj)\.", ".attn.q."),
     (r"\.(attention|self_attn)\.(attention\.)?(key|k_proj)\.", ".attn.k."),
     (r"\.(attention|self_attn)\.(attention\.)?(value|v_proj)\.", ".attn.v."),
     (r"\.attention\.(o_proj|output\.dense)\.|\.self_att(entio)?n\.out_proj\.", ".attn.proj."),
     (r"\.self_attention\.in_proj_", ".attn.qkv."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-    (r"\.mlp\.gate_proj\.", ".mlp.w1."),
-    (r"\.mlp\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.3\.", ".mlp.fc2."),
+    (r"\.layer_scale(\d)\.lambda1$|\.gamma_(\d)$", r".ls\1\2.gamma"),
+    (r"\.mlp\.(gate_proj|fc1_g)\.", ".mlp.w1."),
+    (r"\.mlp\.fc1_x\.", ".mlp.w2."),
+    (r"\.mlp\.0\.|\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.mlp\.3\.|\.output\.dense\.", ".mlp.fc2."),
 ]]
 
-# Not part of the vision tower: what pretraining alone used, constants, SigLIP2's pooling head and text tower.
-UNUSED = re.compile(r"mask_token$|rope_embed\.periods$|decoder_|text_model\.|logit_(scale|bias)$|"
+# What pretraining alone used, constants, SigLIP2's pooling head.
+UNUSED = re.compile(r"mask_token$|rope_embed\.periods$|decoder_|local_cls_norm\.|attn_pool\.|"
                     r"head\.(probe|attention|layernorm|mlp)\b")
 
 
@@ -50,30 +72,32 @@ def official_names(weights):
             value = value[None]
         if not UNUSED.match(key):
             out[key] = value
-    # Two names that mean another layer in a gated MLP.
+    # Names that mean another layer in a gated MLP.
     gated = any(".mlp.w1." in key for key in out)
-    up, down = ("w2", "w3") if gated else ("fc1", "fc2")
+    for name, plain, in_gated in (("up_proj", "fc1", "w2"), ("down_proj", "fc2", "w3"), ("fc2", "fc2", "w3")):
+        for key in list(out):
+            out[key.replace(f".mlp.{name}.", f".mlp.{in_gated if gated else plain}.")] = out.pop(key)
     for key in list(out):
-        renamed = key.replace(".mlp.up_proj.", f".mlp.{up}.").replace(".mlp.down_proj.", f".mlp.{down}.")
-        out[renamed] = out.pop(key)
-    for key in list(out):
-        if key.endswith(".attn.q.weight"):
-            _join_qkv(out, key.removesuffix("q.weight"))
-    for key in list(out):
-        if key.endswith(".attn.qkv.bias_mask"):  # DINOv3 multiplies the key third by 0
-            out.pop(key)
-            q, k, v = out[key.removesuffix("_mask")].chunk(3)
-            out[key.removesuffix("_mask")] = torch.cat([q, torch.zeros_like(k), v])
+        if key.endswith(".norm1.weight"):
+            _join_qkv(out, key.replace("norm1.weight", "attn."))
+    if "pos_embed" in out and "cls_token" in out:
+        count = out["pos_embed"].shape[1]
+        if math.isqrt(count) ** 2 == count:  # timm's, which has added the position of CLS to its token
+            out["pos_embed"] = F.pad(out["pos_embed"], (0, 0, 1, 0))
     return out
 
 
 def _join_qkv(weights, prefix):
-    """Join the split query, key and value of one block, in place."""
-    weights[f"{prefix}qkv.weight"] = torch.cat([weights.pop(f"{prefix}{i}.weight") for i in "qkv"])
-    if f"{prefix}q.bias" in weights:
-        # DINOv3 has no key bias.
-        weights.setdefault(f"{prefix}k.bias", torch.zeros_like(weights[f"{prefix}q.bias"]))
-        weights[f"{prefix}qkv.bias"] = torch.cat([weights.pop(f"{prefix}{i}.bias") for i in "qkv"])
+    """Join query, key and value of one block, in place; biases that files of DINOv3 leave out are 0."""
+    if f"{prefix}q.weight" in weights:
+        weights[f"{prefix}qkv.weight"] = torch.cat([weights.pop(f"{prefix}{i}.weight") for i in "qkv"])
+    name = f"{prefix}qkv.bias"
+    if name not in weights and (f"{prefix}q.bias" in weights or "pos_embed" not in weights):
+        none = torch.zeros_like(weights[f"{prefix}proj.bias"])
+        weights[name] = torch.cat([weights.pop(f"{prefix}{i}.bias", none) for i in "qkv"])
+    if weights.pop(f"{name}_mask", None) is not None:  # DINOv3 multiplies the key third by 0
+        q, k, v = weights[name].chunk(3)
+        weights[name] = torch.cat([q, torch.zeros_like(k), v])
 
 
 def detect_architecture(weights, known):
@@ -100,10 +124,10 @@ def autoencoder_checkpoint(checkpoint):
         return checkpoint
     if "kind" in checkpoint:  # train_ae.py's
         return {"autoencoder": checkpoint}
-    weights = checkpoint.get("state_dict", checkpoint)
+    weights = unwrap(checkpoint, r"encoder\.conv_in\.weight$")
     if "encoder.conv_in.weight" in weights:
         return {"autoencoder": vae(weights)}
-    return authors_autoencoder(weights)
+    return authors_autoencoder(unwrap(checkpoint, r"extra_vit\.conv_proj\.weight$"))
 
 
 def authors_autoencoder(weights):
@@ -123,6 +147,7 @@ def authors_autoencoder(weights):
 
 def authors_sit(weights):
     """Return svg.SiT's arguments, and its weights, of the authors' file; half of its doubled head counts."""
+    weights = unwrap(weights, r"y_embedder\.embedding_table\.weight$")
     weights = {key.replace("ln1.", "x_embedder.", 1).replace("embedding_table.", ""): value
                for key, value in weights.items()}
     grid = 16

@@ -1,7 +1,7 @@
 """What the tests share: a case in a folder of its own, the programs' mains, formula weights, golden answers.
 
 assets/golden.npz holds what independent implementations answered for formula weights (see `formula`), and
-the names and shapes of the published checkpoints; golden_vae.npz those of the VAEs.
+the names and shapes of the published checkpoints; golden_vae.npz those of the VAEs, golden_timm.npz of timm.
 """
 import contextlib
 import functools
@@ -36,10 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real"  # real weights and images; tests that need them skip without
 train_ae.ALIGNMENT_IMAGES = train_dit.LATENT_IMAGES = 16  # or every run would draw thousands of images
 shapes.dataset = functools.cache(shapes.dataset)  # which stay in memory, once drawn
-GOLDEN = files.load_npz(ROOT / "assets" / "golden.npz")
-MANIFESTS = json.loads(GOLDEN["manifests"].tobytes())
-GOLDEN |= files.load_npz(ROOT / "assets" / "golden_vae.npz")
-MANIFESTS |= json.loads(GOLDEN["manifests"].tobytes())
+GOLDEN, MANIFESTS = {}, {}
+for name in ("golden", "golden_vae", "golden_timm"):
+    GOLDEN |= files.load_npz(ROOT / "assets" / f"{name}.npz")
+    MANIFESTS |= json.loads(GOLDEN["manifests"].tobytes())
 
 
 def formula(key, shape, learned_positions):
@@ -60,7 +60,7 @@ def formula(key, shape, learned_positions):
 
 def weights(name, leave_out="-"):
     """A published checkpoint's tensors by the formula, but those whose names begin with `leave_out`."""
-    return {k: formula(k, s, name.startswith(("dinov2", "mae"))) for k, s in MANIFESTS[name].items()
+    return {k: formula(k, s, name.startswith(("dinov2", "mae", "vit"))) for k, s in MANIFESTS[name].items()
             if not k.startswith(leave_out)}
 
 

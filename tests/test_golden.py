@@ -2,6 +2,7 @@
 
 The weights are a formula of names and shapes (assets/golden*.npz, helpers.weights); real ones come last.
 """
+import functools
 import unittest
 import warnings
 
@@ -89,6 +90,39 @@ class Encoders(Case):
                     write_safetensors("model.safetensors", renamed)
                     self.close(svg.load_encoder("model.safetensors")(x), encoder(x), 1e-6)
 
+    def test_timm_agrees_also_where_its_files_leave_out_biases_and_the_position_of_cls(self):
+        for name, ours, (h, w), step in (
+                ("vit_small_plus_patch16_dinov3_qkvb", "dinov3_vits16plus", (224, 192), 14),
+                ("vit_small_patch16_dinov3", "dinov3_vits16", (224, 192), 14),
+                ("vit_small_patch14_reg4_dinov2", "dinov2_vits14_reg", (518, 518), 49)):
+            with self.subTest(name):
+                write_safetensors("timm.safetensors", weights(name))
+                encoder = svg.load_encoder("timm.safetensors")
+                cls, patches = encoder(image(h + w, (1, 3, h, w)), cls=True)
+                for kind, answer in (("patch", patches[:, ::step, ::5]), ("cls", cls[:, ::5]),
+                                     ("stats", torch.stack([patches.mean(), patches.std()]))):
+                    self.agree(f"{name}/{h}x{w}/{kind}", answer)
+                self.assertEqual(encoder.name, ours)
+
+    def test_the_same_weights_from_other_names_and_wrappers_are_the_same_encoder(self):
+        official = weights("dinov3_vits16plus")
+        names = {"storage_tokens": "reg_token", ".ls1.gamma": ".gamma_1", ".ls2.gamma": ".gamma_2",
+                 ".w1.": ".fc1_g.", ".w2.": ".fc1_x.", ".w3.": ".fc2."}
+        timm = {functools.reduce(lambda k, name: k.replace(*name), names.items(), key): value
+                for key, value in official.items() if not key.endswith(("qkv.bias", "bias_mask", "periods"))}
+        for key, value in official.items():
+            if key.endswith("qkv.bias"):
+                q, _, v = value.chunk(3)
+                timm |= {key.replace("qkv.bias", "q_bias"): q, key.replace("qkv.bias", "v_bias"): v}
+        timm.pop("mask_token")
+        self.assertEqual(timm.keys(), MANIFESTS["vit_small_plus_patch16_dinov3_qkvb"].keys())
+        other = {"dino_head.weight": torch.ones(2), "step": torch.ones(1)}
+        wrapped = {f"module._orig_mod.backbone.{key}": value for key, value in timm.items()} | other
+        extra = {**official, "local_cls_norm.weight": torch.ones(384)}
+        encoders = [svg.encoder_from_weights(file, "x.pth") for file in (
+            official, timm, extra, {"model": other, "teacher": wrapped}, {"state_dict": wrapped, "epoch": 3})]
+        self.assertEqual(len({encoder.fingerprint for encoder in encoders}), 1)
+
     def test_a_larger_dinov2_is_known_by_its_shapes(self):
         with torch.device("meta"):
             shapes = {key: torch.empty(shape) for key, shape in MANIFESTS["dinov2_vitb14"].items()}
@@ -96,8 +130,16 @@ class Encoders(Case):
         self.assertEqual((name, svg.ENCODERS[name]["heads"]), ("dinov2_vitb14", 12))
 
     def test_mae_agrees_and_takes_other_grids(self):
-        torch.save({"model": {**weights("mae_vitb16"), "decoder_embed.weight": torch.zeros(2)}}, "mae.pth")
+        official = weights("mae_vitb16")
+        torch.save({"model": {**official, "decoder_embed.weight": torch.zeros(2)}}, "mae.pth")
         encoder = svg.load_encoder("mae.pth")
+        names = {"attention.o_proj": "attention.output.dense", ".norm1.": ".layernorm_before.",
+                 ".norm2.": ".layernorm_after.", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}
+        renamed = to_hugging_face(official, "encoder.layer.", version=4)
+        renamed = {"vit." + functools.reduce(lambda k, name: k.replace(*name), names.items(), key): value
+                   for key, value in renamed.items()} | {"decoder.decoder_norm.weight": torch.zeros(2)}
+        self.assertIn("vit.encoder.layer.0.attention.attention.query.weight", renamed)
+        self.assertEqual(svg.encoder_from_weights(renamed, "mae.bin").fingerprint, encoder.fingerprint)
         self.agrees(encoder, "mae_vitb16")
         self.assertEqual(encoder(image(3, (1, 3, 256, 256))).shape, (1, 256, 768))  # from 14 x 14 positions
 

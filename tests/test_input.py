@@ -3,6 +3,7 @@
 Each row of a table is a command and the words that its error must hold. fid.py's and probe.py's own rows are
 in test_fid.py and test_probe.py.
 """
+import argparse
 import contextlib
 import os
 import shutil
@@ -25,8 +26,9 @@ REAL_DIT = DIT_DATA + " --model 1,32,2 --steps 1"
 
 OFFLINE = ("https://", "no network", "--weights")
 MISSING_FILES = [
-    ("train_ae --data good", "weights/dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "ai.meta.com",
-     "dinov2_vits14_pretrain.pth"),
+    ("train_ae --data good", "weights/vit_small_plus_patch16_dinov3_qkvb.lvd1689m.safetensors", *OFFLINE),
+    ("train_ae --data good --encoder dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "ai.meta.com",
+     "weights/dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "vit_small_plus_patch16_dinov3_qkvb"),
     ("train_ae --encoder dinov2_vits14_pretrain.pth --weights w", "w/dinov2_vits14_pretrain.pth", *OFFLINE),
     (NEW_AE + " --lpips 1 --weights w", "w/vgg16-397923af.pth", *OFFLINE),
     ("fid good --save-stats x.npz --weights w", "w/pt_inception-2015-12-05-6726825d.pth", *OFFLINE),
@@ -35,7 +37,8 @@ MISSING_FILES = [
 BAD_FILES = [
     *[(f"train_ae --data good --encoder ./{file}", file, *words) for file, *words in (
         ("text.pt", "not a readable checkpoint"), ("half.pt", "damaged"), ("string.pt", "str"),
-        ("half.safetensors", "damaged"), ("nowhere.pth", "no such file"),
+        ("half.safetensors", "damaged"), ("nowhere.pth", "no such file"), ("args.pt", "argparse.Namespace"),
+        ("module.pt", "torch.nn.modules.linear.Linear", "state_dict()"), ("bit.pt", "checksum"),
         ("mlp.pth", "patch_embed.proj", "fc.weight"), ("wrong.pth", "Missing key", "blocks.0."))],
     *[(f"sample --ckpt {file}", file, *words) for file, *words in (
         ("text.pt",), ("half.pt",), ("list.pt",), ("ema.pt",), ("mlp.pth",), ("nowhere.pt",), ("sit.pt",),
@@ -128,6 +131,8 @@ TEXTS = {
 TENSORS = {
     "list.pt": [1, 2], "string.pt": "text", "ema.pt": {"ema": 0.999}, "sit.pt": {"kind": "sit"},
     "autoencoder.pt": {"kind": "autoencoder"}, "mlp.pth": {"fc.weight": torch.zeros(2, 2)},
+    "args.pt": {"model": {"fc.weight": torch.zeros(2)}, "args": argparse.Namespace(epochs=3)},
+    "module.pt": torch.nn.Linear(2, 2), "bit.pt": {"fc.weight": torch.zeros(1000)},
     "wrong.pth": {"cls_token": torch.zeros(1, 1, 384), "norm.weight": torch.zeros(7),
                   "patch_embed.proj.weight": torch.zeros(384, 3, 14, 14), "extra": torch.zeros(1)},
 }
@@ -142,6 +147,9 @@ def write_files():
         torch.save(value, path)
     helpers.write_safetensors("half.safetensors", {"cls_token": torch.zeros(1, 1, 384)})
     os.truncate("half.safetensors", 200)
+    whole = bytearray(Path("bit.pt").read_bytes())
+    whole[2000] ^= 4  # among the numbers
+    Path("bit.pt").write_bytes(whole)
     np.savez("stats.npz", mean=np.zeros(5), std=np.ones(5))
     np.savez("zero-std.npz", mean=np.zeros(72), std=np.zeros(72))
     for damage, count, labels in (("labels", 2, [0, 1]), ("none", 0, []), ("half", 1, [0, 0])):

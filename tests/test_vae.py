@@ -56,9 +56,12 @@ class Layouts(Case):
                       "linear_proj.weight": torch.ones(2, 2)}
             torch.save(original, "ldm.pt")
             torch.save({"state_dict": {**original, **unused}, "epoch": 3}, "ldm.ckpt")
+            torch.save({"model": {f"first_stage_model.{k}": v for k, v in original.items()}
+                        | {"model.input_blocks.0.weight": torch.ones(2)}}, "whole.ckpt")
             write_safetensors("new.safetensors", to_diffusers(original))
             torch.save(to_diffusers(original, old=True), "old.bin")
-            models = [svg.load_autoencoder(f) for f in ("ldm.pt", "ldm.ckpt", "new.safetensors", "old.bin")]
+            models = [svg.load_autoencoder(f) for f in (
+                "ldm.pt", "ldm.ckpt", "whole.ckpt", "new.safetensors", "old.bin")]
             for model in models:
                 self.assert_same(dict(model.state_dict()), original)
                 self.assertEqual(model.fingerprint, files.fingerprint(original))
