@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import multiprocessing.util
 import os
+import resource
 import shutil
 import signal
 import warnings
@@ -192,16 +194,27 @@ def dataset_identity(dataset):
 def ignore_stop_signals(_):
     """Keep a loading process alive while its run finishes a step and saves.
 
-    torchrun and clusters send their signals to every process. A second SIGTERM, as from the run, ends it.
+    torchrun and clusters send their signals to every process.
     """
     os.setsid()
     for signal_number in runs.STOP_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def kill_loaders():
+    """Kill the loading processes, which ignore the signal by which Python would end them, and then wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def batches_of(dataset, items, workers, pin=False):
     """Return a DataLoader of the batches whose items the lists in `items` name."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if workers and 0 <= limit < 64 + 16 * workers:  # each batch on its way holds some; torch would hang
+        raise UserError(f"--workers {workers}: {limit} open files are too few for them: raise the limit "
+                        f"(ulimit -n 65536), or give fewer --workers")
+    multiprocessing.util.Finalize(None, kill_loaders, exitpriority=0)  # when this program ends, however
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=items, num_workers=workers, pin_memory=pin,
         prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals)

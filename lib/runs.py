@@ -97,7 +97,17 @@ def fetch_weights(name, weights_dir=None):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)")
+REMEDIES = [(re.compile(pattern), remedy) for pattern, remedy in [  # of what torch and the system say
+    ("Too many open files|items of ancdata", "raise the limit (ulimit -n 65536), or give fewer --workers"),
+    ("Bus error|shared memory|/torch_",
+     "shared memory (/dev/shm) is full: make it larger (docker run --shm-size=16g), or give fewer --workers"),
+    ("DataLoader worker", "a loading process was killed, perhaps for lack of memory: give fewer --workers"),
+    ("C\\+\\+ compiler|C compiler|working triton",
+     "torch.compile finds no compiler: install one (g++, on a GPU also Triton), or give --no-compile"),
+    ("environment variable .* expected", "WORLD_SIZE is set without it: start by torchrun, or unset it"),
+    ("out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)",
+     "out of memory: give a smaller --batch; training also takes --accumulate N, which computes the batch in "
+     "N parts, and --recompute")]]
 
 
 def run_main(main):
@@ -124,9 +134,10 @@ def error_line(error):
     if isinstance(error, UserError):
         # A loading process wraps an error into its traceback, of which the message is the end.
         return str(error).strip().split("UserError: ")[-1]
-    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
-        return (f"out of memory ({files.short_error(error)}): give a smaller --batch; training also takes "
-                f"--accumulate N, which computes the batch in N parts, and --recompute")
+    text = "out of memory" if isinstance(error, MemoryError) else str(error)
+    for pattern, remedy in REMEDIES:
+        if pattern.search(text):
+            return f"{remedy} ({files.short_error(error)})"
     if isinstance(error, OSError) and (error.filename or error.errno in DISK_FULL):
         return f"{error.filename or 'the disk'}: {error.strerror}; make room, or give another place"
     return None

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -356,6 +357,24 @@ class Training(Case):
         self.assertIn("the card fell off the bus", err)
         self.assertIn("resuming runs/faulty at step 4", out)
         self.assert_same(last("whole"), last("faulty"))
+
+    def test_a_program_that_fails_ends_at_once_with_its_loading_processes(self):
+        def kill_a_loader():
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+        def fail():
+            raise RuntimeError("the card fell off the bus")
+
+        for action, code, words in ((kill_a_loader, 2, "error: a loading process was killed"),
+                                    (fail, 1, "RuntimeError: the card fell off the bus")):
+            process = start(dit() + " --workers 2 --steps 100000", before=in_step(3, action).start)
+            _, err = process.communicate()  # returns when none is left that could print
+            self.assertEqual(process.returncode, code)
+            self.assertIn(words, err)
+        with mock.patch.dict(os.environ, WORLD_SIZE="2"):
+            self.stops(dit(), "RANK")
+        with mock.patch("resource.getrlimit", lambda _: (100, 100)):
+            self.stops(dit() + " --workers 8", "--workers 8: 100 open files are too few")
 
     def test_a_killed_save_leaves_the_checkpoint_before_it(self):
         svg.save_checkpoint("last.pt", {"step": 1})
