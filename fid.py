@@ -374,9 +374,10 @@ def parse_args():
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),
         help="image decoding processes, for each process that measures; 0: none")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-    add("--save-stats", metavar="OUT.npz", type=runs.new_file,
+    add("--save-stats", metavar="OUT.npz", type=runs.output_file("mu"),
         help="file for the samples' statistics, for --ref, pytorch-fid or ADM; without --ref, only that")
-    add("--json", metavar="OUT.json", type=runs.new_file, help="file for the numbers and their sources")
+    add("--json", metavar="OUT.json", type=runs.output_file("not_measured"),
+        help="file for the numbers and their sources")
     args = parser.parse_args()
     if not args.ref and (args.paired or (args.features and not args.save_stats)):
         raise UserError("--paired and --features need --ref: ADM's default holds Inception's statistics")

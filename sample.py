@@ -148,11 +148,12 @@ def parse_args():
     add_flow_flags(add, steps=25, shift=0.15)
     add_sampler_flags(add)
     add("--batch", type=runs.positive, default=64, help="images at a time and process")
-    add("--export", metavar="FILE.pt", type=runs.new_file, help="only write transformer (EMA), autoencoder "
-        "and class names into one file for --ckpt, to give away")
+    add("--export", metavar="FILE.pt", type=runs.output_file("sit"), help="only write transformer (EMA), "
+        "autoencoder and class names into one file for --ckpt, to give away")
     runs.add_speed_flags(parser)
     parser.set_defaults(compile=False)  # a minute's wait pays off only for thousands of images
-    add("--npz", type=runs.new_file, help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM")
+    add("--npz", type=runs.output_file("arr_0"),
+        help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM")
     return parser.parse_args()
 
 

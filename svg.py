@@ -401,6 +401,8 @@ class Autoencoder(nn.Module):
         encode(batch[i:i+1]); without any (the authors' file), by those of the batch, as the authors do.
         masked: bool [B], whose residual tokens the mask token replaces in training (default: random ones).
         """
+        if any(n % self.ratio for n in images.shape[-2:]):
+            raise UserError(f"images of {tuple(images.shape[-2:])} pixels: give multiples of {self.ratio}")
         features = self.feature_tokens(images)  # [B, N, D], frozen
         if self.config["residual_channels"] == 0:
             return features
@@ -680,8 +682,11 @@ def load_sit(path, ema=True):
         files.check_fingerprint(weights, part.get("fingerprint") if ema else None)
         model.meta = {name: part[name] for name in ("autoencoder", "classes", "step", "fingerprint")
                       if name in part}
-        if "sit" in checkpoint:
-            model.meta["autoencoder"]["path"] = str(path)
+        place = Path(path)
+        if "sit" not in checkpoint:
+            place = place.with_name("autoencoder.pt")  # train_dit.py's copy
+        if "autoencoder" in model.meta and place.exists():
+            model.meta["autoencoder"]["path"] = str(place)
     return model.eval()
 
 

@@ -217,6 +217,7 @@ def main():
         adversarial = args.gan > 0 and step + 1 >= args.disc_start
         opt.zero_grad(set_to_none=True)
         opt_disc.zero_grad(set_to_none=True)
+        averages = [buffer.clone() for buffer in disc.buffers()]  # BatchNorm's
         totals = torch.zeros(3, device=device)
         for x, mask in runs.micro_batches(args.accumulate, [parallel_model, parallel_disc], images, masked):
             part = len(x) / len(images)
@@ -237,6 +238,8 @@ def main():
             totals += part * torch.stack([l1, perceptual, d_loss.detach()])
         optimizers = [opt, opt_disc] if adversarial else [opt]
         grad_norm, skipped = runs.optimizer_step(*optimizers, clip=args.clip)
+        for buffer, before in zip(disc.buffers(), averages, strict=True):
+            buffer.copy_(torch.where(skipped, before, buffer))
         losses = {"l1_loss": totals[0]}
         if lpips:
             losses["lpips_loss"] = totals[1]

@@ -9,6 +9,7 @@ with samples labelled by class as previews. The same command resumes from last.p
 import copy
 import functools
 import re
+from pathlib import Path
 
 import torch
 
@@ -58,8 +59,12 @@ def model_size(text):
 
 
 def open_autoencoder(args, device):
-    """Return the frozen autoencoder, and the path of its file."""
+    """Return the frozen autoencoder: that of the run if it resumes, and where to keep it."""
+    kept = Path("runs", args.name, "autoencoder.pt")
     path = args.ae or runs.latest_run("autoencoder", demo=args.demo)
+    resumes = kept.exists() and kept.with_name("last.pt").exists()
+    if resumes and files.read_json(kept.with_name("config.json")).get("ae") == args.ae:
+        path = kept  # stage 1 may have gone on since
     if not path:
         raise UserError("no stage-1 run below runs/: run train_ae.py first (for --demo with --demo), or name "
                         "a checkpoint by --ae")
@@ -67,7 +72,7 @@ def open_autoencoder(args, device):
     if isinstance(ae, svg.VAE):
         ae.train()  # it then draws samples of its posterior, on which latent diffusion is trained
     runs.say(f"autoencoder {path}, step {ae.step or 'unknown'}, fingerprint {ae.fingerprint[:12]}")
-    return ae, path
+    return ae, kept
 
 
 def encode_flipped(ae, images, flip):
@@ -95,7 +100,7 @@ def main():
     local_batch = runs.local_batch(args)
 
     # Data, models and optimiser.
-    ae, ae_path = open_autoencoder(args, device)
+    ae, kept = open_autoencoder(args, device)
     dataset = data.open_data(args.data, ae.image_size, seed=args.seed)
     classes = dataset.classes
     torch.manual_seed(args.seed)  # every rank starts from the same weights
@@ -137,6 +142,8 @@ def main():
                    runs.millions(SiT=model, autoencoder=ae), f"writes {run.path}/")
     state = {"model": model, "ema": ema, "opt": opt}
     step = run.resume(state)
+    if runs.rank() == 0 and not (step and kept.exists()):
+        files.save_checkpoint(kept, {**ae.to_checkpoint(), "step": ae.step})
     at_a_time = local_batch // args.accumulate
     with runs.autocast(device, args.precision):
         if step == 0 and args.latent_stats:
@@ -176,7 +183,7 @@ def main():
         if step % args.save_every == 0 or step == args.steps or stop:
             run.save(step, state, {"kind": "sit", "config": model.config, "classes": classes,
                                    "fingerprint": files.fingerprint(ema.state_dict()),
-                                   "autoencoder": {"path": str(ae_path), "fingerprint": ae.fingerprint}})
+                                   "autoencoder": {"path": kept.name, "fingerprint": ae.fingerprint}})
     run.end(step)
 
 

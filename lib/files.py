@@ -158,6 +158,16 @@ def read_json(path):
     return value if isinstance(value, dict) else {}
 
 
+def has_entry(path, name):
+    """Whether a file is a checkpoint, an .npz or a JSON object that has something of that name."""
+    with contextlib.suppress(Exception):  # it is anything else, and may fail in any way
+        if not zipfile.is_zipfile(path):
+            return name in read_json(path)
+        with np.load(path) as arrays:
+            return name in arrays.files or name in load_checkpoint(path)
+    return False
+
+
 def fingerprint(state_dict):
     """Return the SHA-256 of all names, shapes and float32 values, the same in any file."""
     digest = hashlib.sha256()

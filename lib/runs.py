@@ -14,6 +14,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -106,8 +107,7 @@ REMEDIES = [(re.compile(pattern), remedy) for pattern, remedy in [  # of what to
      "torch.compile finds no compiler: install one (g++, on a GPU also Triton), or give --no-compile"),
     ("environment variable .* expected", "WORLD_SIZE is set without it: start by torchrun, or unset it"),
     ("out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)",
-     "out of memory: give a smaller --batch; training also takes --accumulate N, which computes the batch in "
-     "N parts, and --recompute")]]
+     "out of memory: give a smaller --batch; training also takes --accumulate N (in N parts), --recompute")]]
 
 
 def run_main(main):
@@ -195,12 +195,19 @@ positive = whole(1)
 not_negative = whole(0)
 
 
-def new_file(text):
-    """Check that a file can be written at a path (an argparse type): before the work, not after it."""
-    folder = Path(text).absolute().parent
-    if os.path.isdir(text) or not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"'{text}': is a folder, or there is no folder {folder} to write in")
-    return text
+def output_file(entry):
+    """Return an argparse type: a path to write at, free or of a file that has an entry of this name.
+
+    It is checked before the work, so that nothing is lost after it, nor a file of another kind replaced.
+    """
+    def output_file(text):
+        folder = Path(text).absolute().parent
+        if os.path.lexists(text) and not files.has_entry(text, entry):
+            raise argparse.ArgumentTypeError(f"'{text}' exists and is no earlier output: give another name")
+        if not os.access(folder, os.W_OK):
+            raise argparse.ArgumentTypeError(f"'{text}': there is no folder {folder} to write in")
+        return text
+    return output_file
 
 
 def run_name(text):
@@ -397,8 +404,9 @@ def claim_folder(args, names, models):
 
     names: the files to write, as paths below the folder; models: fingerprints, which with the other flags
     decide what they show. Only what the record lists is ever removed. Raises UserError for a folder that
-    holds anything else, so that no FID mixes two sources, and for another run's pictures outside of the
-    default folder, without --overwrite. Hidden files are left alone.
+    holds anything else, so that no FID mixes two sources, and without --overwrite for another run's pictures
+    outside of the default folder, or where the record was not written in this folder but copied or unpacked
+    into it. Hidden files are left alone.
     """
     out = Path(args.out)
     settings = {name: value for name, value in vars(args).items() if name not in PLACE_FLAGS}
@@ -415,12 +423,16 @@ def claim_folder(args, names, models):
         if found - written:
             raise UserError(f"--out {out} holds {min(found - written)}, which is not of this program: give "
                             f"another --out, or move it away")
-        if record and record["settings"] != settings and not (args.overwrite or args.out == args.default_out):
+        here = out.stat().st_ino
+        known = record.get("inode") == here
+        same = record.get("settings") == settings or args.out == args.default_out
+        if record and not (known and same) and not args.overwrite:
             raise UserError(f"--out {out} already holds a different run of {len(written)} files: give "
                             f"another --out, or --overwrite")
         for name in found:
             (out / name).unlink()
-        files.write_json(out / files.RECORD, {"program": "SVG", "settings": settings, "files": names})
+        files.write_json(out / files.RECORD, {
+            "program": "SVG", "settings": settings, "files": names, "inode": here})
     barrier()
 
 
@@ -428,8 +440,8 @@ def claim_folder(args, names, models):
 
 # Flags that may change when a run resumes: its length, its output, its speed, and where files lie that
 # fingerprints identify.
-FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "milestone_every", "name",
-              "weights", "data", "ae", "encoder", "compile", "recompute", "cache"}
+FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "name", "weights", "data", "ae",
+              "encoder", "compile", "recompute", "cache"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by clusters, people, SLURM
 MAX_SKIPPED = 20  # steps in a row without a finite gradient after which training stops
 
@@ -469,6 +481,7 @@ class Run:
         self.trained_on = trained_on
         self.corrupt = set()
         self.signal = 0
+        self.saved = 0  # step of last.pt
         config = {"stage": stage, **vars(args), "trained_on": trained_on, **facts}
         config = json.loads(json.dumps(config, default=str))
         self.check_folder(config)
@@ -476,14 +489,16 @@ class Run:
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock_folder()
-            for leftover in self.path.glob(".*.tmp"):  # of a process that was killed while it saved
+            self.check_folder(config)  # another start may have come first
+            for leftover in self.path.glob(".*.[0-9]*.tmp"):  # of a process that was killed while it saved
                 leftover.unlink()
             files.write_json(self.path / "config.json", config)
 
     def check_folder(self, config):
         """Raise UserError if the folder holds another run or something else."""
         before = files.read_json(self.path / "config.json")
-        if not before and not self.last.exists() and any(self.path.glob("*")):
+        names = {path.name for path in self.path.glob("[!.]*")}
+        if not {"stage", "trained_on"} <= before.keys() and names - {"last.pt"}:
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
         changed = [f"{name} {value} (was {before[name]})" for name, value in config.items()
                    if name not in FREE_FLAGS and before.get(name, value) != value]
@@ -493,14 +508,14 @@ class Run:
 
     def lock_folder(self):
         """Lock the folder until the run ends, in whatever way; loading processes do not inherit the lock."""
-        self.lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT)
+        self.lock = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise UserError(f"{self.path} is being written by another process: wait for it, stop it, or give "
                             f"another --name") from None
-        except OSError:  # a file system that has no locks
-            pass
+        except OSError as e:
+            warnings.warn(f"{self.path} cannot be locked ({e.strerror}): take care not to start a run twice")
 
     def resume(self, state):
         """Load last.pt into state, {name: module or optimiser}, cut the log there, return the step or 0."""
@@ -522,6 +537,7 @@ class Run:
             say(f"resuming {self.path} at step {step}")
         if len(set(gather(step))) > 1:
             raise UserError(f"{self.last} is not the same for every process: runs/ must lie on a shared disk")
+        self.saved = step
         log = self.path / "log.jsonl"
         if rank() == 0 and log.exists():
             kept = [json.dumps(entry) + "\n" for entry in read_log(log) if entry["step"] <= step]
@@ -569,13 +585,17 @@ class Run:
         self.skipped_in_a_row = torch.where(skipped, self.skipped_in_a_row + 1, 0)
         # The host waits for a GPU to read it.
         if (skipped.device.type == "cpu" or step % MAX_SKIPPED == 0) and self.skipped_in_a_row >= MAX_SKIPPED:
-            raise UserError(f"no finite gradient for {int(self.skipped_in_a_row)} steps, up to step {step}: "
-                            f"stopped; the last good checkpoint, if any, is {self.last}; to resume with "
-                            f"other flags (--clip 1, a lower --lr, --precision fp32) copy it into a new run: "
-                            f"runs/NAME/last.pt, --name NAME")
+            count = int(self.skipped_in_a_row)
+            raise self.diverged(f"no finite gradient for {count} steps, up to step {step}")
         if step % self.args.log_every == 0 or step == self.args.steps:
             self.log(step, list(values), new.device)
             self.reset_sums()
+
+    def diverged(self, cause):
+        """Return the error that ends a run that has diverged."""
+        return UserError(f"{cause}: stopped; the last good checkpoint, if any, is {self.last}; to resume "
+                         f"with other flags (--clip 1, a lower --lr, --precision fp32) copy it into a new "
+                         f"run: runs/NAME/last.pt, --name NAME")
 
     def log(self, step, names, device):
         """Print a progress line and append to log.jsonl: means over the steps that were not skipped."""
@@ -596,7 +616,8 @@ class Run:
             f"{peak_gib(device):.1f} GiB")
         entry = {"step": step, **entry, "skipped": skipped, "images_per_second": round(rate, 2),
                  "seconds": round(time.time() - self.start, 1), "corrupt": corrupt}
-        with open(self.path / "log.jsonl", "a") as file:
+        log = self.path / "log.jsonl"
+        with files.writing(log), open(log, "a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def picture(self, step, image):
@@ -605,25 +626,40 @@ class Run:
             files.save_image(self.path / f"preview-{step:07d}.png", image)
 
     def save(self, step, state, about):
-        """Write last.pt, with `about` for its readers, a numbered copy and loss.png; drop old copies."""
+        """Write last.pt, with `about` for its readers, and loss.png; give the last.pt before it a number.
+
+        Raises UserError for weights that are not finite, and writes nothing.
+        """
+        for name, part in state.items():
+            if isinstance(part, torch.nn.Module):
+                bad = [key for key, value in part.state_dict().items() if not value.isfinite().all()]
+                if bad:
+                    raise self.diverged(f"{len(bad)} tensors of {name} are not finite at step {step}, such "
+                                        f"as {bad[-1]}")
         if rank() == 0:
-            checkpoint = {**about, "step": step, "trained_on": self.trained_on,
-                          **{name: part.state_dict() for name, part in state.items()}}
-            files.save_checkpoint(self.last, checkpoint)
-            numbered = self.path / f"{step:07d}.pt"
-            numbered.unlink(missing_ok=True)
-            try:
-                os.link(self.last, numbered)
-            except OSError:  # a file system without hard links
-                files.save_checkpoint(numbered, checkpoint)
-            old = [path for path in sorted(self.path.glob("[0-9]*.pt"))
-                   if path.stem.isdecimal() and int(path.stem) % self.args.milestone_every]
-            for path in old[:-2]:
-                path.unlink()
+            if self.last.exists():
+                self.number_last()
+            self.saved = step
+            files.save_checkpoint(self.last, {
+                **about, "step": step, "trained_on": self.trained_on,
+                **{name: part.state_dict() for name, part in state.items()}})
             curve = figures.loss_curve(read_log(self.path / "log.jsonl"), f"{self.path}: loss by step")
             if curve:
                 files.save_image(self.path / "loss.png", curve)
         barrier()
+
+    def number_last(self):
+        """Keep last.pt under the number of its step, and drop those before it that are no milestones."""
+        numbered = self.path / f"{self.saved:07d}.pt"
+        numbered.unlink(missing_ok=True)
+        try:
+            os.link(self.last, numbered)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(self.last, numbered)
+        for path in self.path.glob("[0-9]*.pt"):
+            number = int(path.stem) if path.stem.isdecimal() else math.inf
+            if number < self.saved and number % self.args.milestone_every and path.name == f"{number:07d}.pt":
+                path.unlink()
 
     def end(self, step):
         """Unlock the folder, and say how the run ended and how to resume it."""

@@ -136,7 +136,7 @@ REFUSED = [
     ("fid good --demo --protocol pytorch-fid", "--protocol", "--demo"),
     ("fid good --features x.pth --protocol pytorch-fid --ref good", "--features", "--protocol"),
     ("fid good --demo --json no/x.json", "--json", "'no/x.json'", "no folder"),
-    ("fid good --demo --save-stats good", "--save-stats: 'good': is a folder"),
+    ("fid good --demo --save-stats good", "--save-stats: 'good' exists"),
     ("fid bad --demo --paired --num 2", "--paired", "bad", "shapes://val"),
     ("fid good --paired", "--paired", "--ref"),
     ("fid good --features x.pth", "--features", "--ref"),

@@ -1,5 +1,6 @@
 """Files: atomic writes, fingerprints."""
 import os
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -31,6 +32,13 @@ class Files(Case):
             with self.assertRaisesRegex(UserError, words):
                 files.save_checkpoint("last.pt", {"model": torch.ones(9), "step": FullDisk(error)})
             self.assertEqual((files.load_checkpoint("last.pt"), os.listdir()), ({"step": 1}, ["last.pt"]))
+
+    def test_a_link_at_the_temporary_name_is_not_followed(self):
+        Path("mine").write_text("precious")
+        os.symlink("mine", f".x.json.{os.getpid()}.tmp")
+        files.write_json("x.json", {"a": 1})
+        self.assertEqual((Path("mine").read_text(), files.read_json("x.json")), ("precious", {"a": 1}))
+        self.assertEqual(sorted(os.listdir()), ["mine", "x.json"])
 
     def test_pictures_appear_whole_or_not_at_all(self):
         self.assertRaises(KeyboardInterrupt, files.save_image, "a/0.png", FullDisk(KeyboardInterrupt()))

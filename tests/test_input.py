@@ -75,7 +75,7 @@ BAD_FLAGS = [
         (NEW_DIT, "--model 2,30,4", "--model S")) for flag in flags],
     *[(f"sample {flag} {value}", flag, *words) for flag, value, *words in (
         ("--npz", "nowhere/x.npz", "nowhere/x.npz", "no folder"), ("--guidance", "1e300", "0 to 1000"),
-        ("--npz", "good", "is a folder"), ("--guidance-interval", "nan 1", "'nan'"), ("--num", 5000 * "9"),
+        ("--npz", "good", "exists"), ("--guidance-interval", "nan 1", "'nan'"), ("--num", 5000 * "9"),
         ("--seed", 26 * "9", "2^63"), ("--classes", "10", "--classes 10", "0 to 9", "arrow"))],
     ("sample --out text.pt/x", "text.pt", "Not a directory"),
     ("sample --out " + 300 * "x", "File name too long"),
@@ -114,6 +114,12 @@ DO_NOT_BELONG_TOGETHER = [
     ("sample --steps 2 --out linked --overwrite", "linked holds overview"),
     ("sample --steps 2 --out new --npz new/x.npz", "no folder"),
     ("data pack good foreign", ".foreign.part", "remove it"),
+    (NEW_AE + " --name locked", "runs/locked/.lock", "symbolic links"),
+    *[(f"{NEW_AE} --name {name}", f"runs/{name}", "holds no run") for name in ("foreign", "other")],
+    *[(f"{program} {path}", path, "no earlier output") for program, *paths in (
+        ("sample --steps 2 --npz", "good/a/0.png", "stats.npz", "runs/demo-dit/last.pt"),
+        ("sample --export", "good/a/0.png", "runs/demo-dit/last.pt"), ("fid good --demo --json", "trip.json"),
+        ("fid good --demo --save-stats", "good/a/0.png", "text.pt")) for path in paths],
 ]
 
 RECORD = '{"program": "SVG", "settings": {"steps": 3}, "files": %s}'  # of an earlier run of sample.py
@@ -121,6 +127,7 @@ TEXTS = {
     "text.pt": "not a checkpoint\nat all\n", "text.npz": "not an archive\n",
     "unreadable/a/0.png": "no picture", "unreadable/a/1.png": "no picture",
     "runs/foreign/config.json": "[not json",  # a folder below runs/ that is none of ours
+    "runs/other/config.json": '{"stage": "prod"}', "runs/other/2019.pt": "precious",
     "album/record.json": '{"files": ["0.png"]}',
     "trip.json": "{}",  # beside a folder, and none of its files
     "repository/.git/config": "precious",
@@ -157,12 +164,13 @@ def write_files():
         np.save(f"packed-{damage}/images.npy", np.zeros((count, 32, 32, 3), np.uint8))
         np.save(f"packed-{damage}/labels.npy", np.array(labels, int))
         Path(f"packed-{damage}/classes.json").write_text('["a"]')
-    for folder in ("empty", "w", "hollow/a"):
+    for folder in ("empty", "w", "hollow/a", "runs/locked"):
         os.makedirs(folder)
     helpers.write_pictures("good/a", 2)
     for path in ("album/0.png", "ours/mine.png", "trip.png"):
         shutil.copy("good/a/0.png", path)
     os.symlink("../good", "linked/overview")
+    os.symlink("../../nowhere", "runs/locked/.lock")
 
 
 def write_checkpoints():
@@ -170,6 +178,7 @@ def write_checkpoints():
     for kind, run, part in (("sit", "demo-dit", "ema"), ("ae", "demo-ae", "model")):
         trained_run = trained() / "runs" / run
         shutil.copytree(trained_run, f"runs/{run}", ignore=shutil.ignore_patterns("*.pt"))
+        shutil.copy(trained() / "runs/demo-dit/autoencoder.pt", "runs/demo-dit")
         whole = files.load_checkpoint(trained_run / "last.pt")
         whole = {key: value for key, value in whole.items() if key not in ("opt", "opt_disc", "disc")}
         torch.save(whole, f"runs/{run}/last.pt")
@@ -232,6 +241,11 @@ class BadInput(Case):
         after = self.snapshot()
         self.assertEqual({p.name for p in before if before[p] != after.get(p)}, {"mine.png", "record.json"})
         self.assertTrue(Path("ours/.notes").exists())
+        ok("sample --steps 2 --num 1")
+        shutil.move("samples", "elsewhere")
+        shutil.copytree("elsewhere", "samples")  # as from an archive: who knows whose pictures these are?
+        self.refused("sample --steps 2 --num 1", "samples already holds a different run", "--overwrite")
+        ok("sample --steps 2 --num 1 --overwrite")
 
     def test_samples_of_two_commands_are_never_mixed(self):
         ok("sample --steps 2 --num 1 --out v1.25")

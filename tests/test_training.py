@@ -1,4 +1,5 @@
 """Training: the same numbers however it is cut up, and no fault that costs more than a save."""
+import contextlib
 import copy
 import functools
 import itertools
@@ -116,8 +117,8 @@ class Commands(Case):
         """And an exported file gives the pixels of its run."""
         shutil.copytree(trained() / "runs", "runs")
         always = {".lock", "config.json", "log.jsonl", "loss.png", "last.pt"}
-        for name, more in (("demo-ae", {"0000002.pt", "0000004.pt", "preview-0000004.png"}),
-                           ("demo-dit", {"0000006.pt", "preview-0000006.png"})):
+        for name, more in (("demo-ae", {"0000002.pt", "preview-0000004.png"}),
+                           ("demo-dit", {"autoencoder.pt", "preview-0000006.png"})):
             self.assertEqual(set(os.listdir(f"runs/{name}")), always | more)
         command = "sample --demo --steps 2 --num 12 --classes star 0"
         ok(command, "--npz", "images.npz")
@@ -313,8 +314,36 @@ class Training(Case):
         self.assertEqual(last("mended")["opt"]["param_groups"][0]["lr"], 0.001)
         for other, words in ((command.replace("--model 2", "--model 1"), "Unexpected key(s) in state_dict"),
                              (MINI_AE + " --name mended", "not of this stage")):
-            os.remove("runs/mended/config.json")
+            shutil.rmtree("runs/mended")
+            os.makedirs("runs/mended")
+            shutil.copy("runs/bad/last.pt", "runs/mended")
             self.stops(other, words)
+
+    def test_images_that_are_not_finite_and_too_high_a_rate_spoil_no_checkpoint(self):
+        real, spoiled = data.to_float, []
+
+        def spoil(images, device):
+            return real(images, device) * (spoiled.pop() if spoiled else 1)
+
+        command = SMALL_AE + " --disc-start 1 --steps 3 --name"
+        def spoil_step():
+            spoiled[:] = [math.nan]
+
+        patches = contextlib.ExitStack()
+        for patch in (mock.patch("lib.data.to_float", spoil), in_step(2, spoil_step)):
+            patches.enter_context(patch)
+        with patches:
+            ok(command, "one")
+            shell(command, "two", processes=2)
+        for name in ("one", "two"):
+            self.assertEqual(logged(name, "skipped"), [0, 1, 0])
+            self.assertEqual(last(name)["disc"]["main.3.num_batches_tracked"], 2 * 3)
+            self.assertTrue(all(value.isfinite().all() for value in last(name)["disc"].values()))
+        ok(command, "one", "--steps", 4)
+        for command in (MINI_AE, dit()):
+            self.stops(command + " --lr 1e38 --steps 1 --name hot", "are not finite at step 1, such as")
+            self.assertFalse(os.path.exists("runs/hot/last.pt"))
+            shutil.rmtree("runs/hot")
 
     def test_a_run_has_one_writer_and_a_killed_one_blocks_nobody(self):
         """A killed run goes on from its last save; a stopped one says how."""
@@ -392,7 +421,9 @@ class Training(Case):
         command = dit() + " --name new --steps"
         ok(command, 2)
         checkpoint = torch.load("runs/new/last.pt", weights_only=True)  # in memory, as the file changes
-        Path("runs/new/0notes.pt").touch()
+        mine = [Path("runs/new", name) for name in ("0notes.pt", "2019.pt", ".notes.tmp")]
+        for path in mine:
+            path.touch()
         with open("runs/new/log.jsonl", "ab") as f:
             f.write(b'{"step": 1, "lo\n')
         flipped = {**checkpoint["ema"], "latent_std": checkpoint["ema"]["latent_std"] * 2}
@@ -400,8 +431,8 @@ class Training(Case):
             torch.save({**checkpoint, **damage}, "runs/new/last.pt")
             self.stops(command + " 3", "runs/new/last.pt")
         torch.save(checkpoint, "runs/new/last.pt")
-        ok(command, 3)
-        self.assertTrue(os.path.exists("runs/new/0notes.pt"))
+        ok(command, 5, "--save-every", 1)
+        self.assertTrue(all(path.exists() for path in mine))
 
     def test_stage_2_measures_latents_once_and_resumes_with_them(self):
         ae = files.load_checkpoint(trained() / "runs/demo-ae/last.pt")
@@ -414,7 +445,8 @@ class Training(Case):
         self.assertRegex(err, "^warning: theirs.pt has no alignment statistics.*\n$")
         first = last("demo-dit")
         with mock.patch("svg.SiT.measure_latents", None):  # never called again
-            resumed = train("demo-dit", command, 2)
+            run(command, 2)
+        resumed = last("demo-dit")
         given = train("given", command, 1, "--latent-stats", "stats.npz")
         for key in ("latent_mean", "latent_std"):
             for weights in (first["model"], resumed["ema"], resumed["model"]):
@@ -431,7 +463,23 @@ class Training(Case):
         self.assertEqual(re.findall("^step (.*?) ", out, re.MULTILINE), ["5/7", "7/7"])
         self.assertEqual(logged("demo-dit"), [5, 7])
         self.assertEqual(sorted(p.name for p in Path("runs/demo-dit").glob("[0-9]*.pt")),
-                         [f"000000{i}.pt" for i in (3, 5, 6, 7)])
+                         [f"000000{i}.pt" for i in (3, 6)])
+        self.stops(helpers.MINI_DIT + " --steps 8", "milestone_every 50000 (was 3)")
+
+        # Back to an older checkpoint.
+        shutil.copy("runs/demo-dit/0000003.pt", "runs/demo-dit/last.pt")
+        ok(helpers.MINI_DIT + " --steps 5 --save-every 1 --milestone-every 3")
+        steps = [svg.load_checkpoint(f"runs/demo-dit/000000{i}.pt")["step"] for i in (3, 4, 6)]
+        self.assertEqual([*steps, last("demo-dit")["step"]], [3, 4, 6, 5])
+
+    def test_stage_2_keeps_the_autoencoder_that_it_was_trained_on(self):
+        shutil.copytree(trained() / "runs", "runs")
+        ok(MINI_AE + " --steps 5 --save-every 2")  # stage 1 goes on
+        ok(helpers.MINI_DIT + " --steps 7")
+        os.rename("runs/demo-dit", "moved")
+        shutil.rmtree("runs")
+        ok("sample --ckpt moved/last.pt --steps 2 --num 2")
+        self.refused(f"sample --ckpt moved/last.pt --ae {shapes.DEMO_PT} --steps 2 --num 2", "--any-ae")
 
     def test_long_loops_show_progress_by_the_time(self):
         shown, now = [], 0

@@ -125,7 +125,7 @@ class Programs(Case):
         ok(TRAIN + " --steps 2")
         checkpoint = svg.load_checkpoint("runs/dit/last.pt")
         self.assertEqual(checkpoint["autoencoder"],
-                         {"path": "vae.pt", "fingerprint": files.fingerprint(tiny_weights())})
+                         {"path": "autoencoder.pt", "fingerprint": files.fingerprint(tiny_weights())})
         self.assertEqual(checkpoint["ema"]["latent_mean"].shape, (32,))
         self.assertTrue((checkpoint["ema"]["latent_std"] > 0.01).all())
         ok("edit reconstruct train/a --ae vae.pt")
@@ -145,7 +145,7 @@ class Programs(Case):
         Path("val").symlink_to("train")
         ok("probe classify --size 32 --data . --ae vae.pt --epochs 1 --batch 4 --workers 0")
         torch.save(tiny_weights(attention=False), "vae.pt")
-        self.refused("sample --out other", "not trained on the autoencoder vae.pt")
+        self.refused("sample --ae vae.pt --out other", "not trained on the autoencoder vae.pt")
 
     def test_the_sample_of_the_posterior_depends_on_seed_and_step_alone(self):
         whole = self.losses("whole", "--steps 3")
