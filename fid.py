@@ -10,6 +10,7 @@
 FID is comparable only within one protocol: resize, Inception weights, reference and number of images.
 """
 import functools
+import itertools
 import math
 import os
 import warnings
@@ -82,7 +83,9 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, splits=10):
     """exp E KL(p(y|x) || p(y)) of parts of logits [N, classes]: mean, deviation (Salimans et al. 2016)."""
     scores = []
-    for log_p in float64(torch.as_tensor(logits)).log_softmax(1).tensor_split(splits):
+    log_probabilities = float64(torch.as_tensor(logits)).log_softmax(1)
+    bounds = [i * len(logits) // splits for i in range(splits + 1)]
+    for log_p in (log_probabilities[a:b] for a, b in itertools.pairwise(bounds)):
         log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
         divergence = (log_p.exp() * (log_p - log_marginal)).sum(1)
         scores.append(divergence.mean().exp())
@@ -199,11 +202,15 @@ class Source(torch.utils.data.Dataset):
             images = data.Packed(name).images
         elif os.path.isdir(name):
             images = data.list_images(name)
-            expected = sum(not file.startswith(files.OVERVIEW)
-                           for file in files.read_record(name).get("files", []))
-            if len(images) < expected:
-                warnings.warn(f"{name}: {len(images)} images, but its record says {expected}: its program "
+            listed = {file for file in files.read_record(name).get("files", [])
+                      if not file.startswith(files.OVERVIEW)}
+            foreign = {os.path.relpath(path, name) for path in images} - listed
+            if len(images) < len(listed):
+                warnings.warn(f"{name}: {len(images)} images, but its record says {len(listed)}: its program "
                               f"was stopped, or images were removed")
+            elif listed and foreign:
+                warnings.warn(f"{name}: {len(foreign)} images that its record does not list are counted too, "
+                              f"such as {min(foreign)}")
         else:
             with files.reading(name, "a folder of images or an .npz"), np.load(name) as arrays:
                 if "mu" in arrays and "sigma" in arrays and not num:
@@ -319,9 +326,8 @@ def compare(fake, real, name, device):
         numbers |= {"sFID": distance(fake, real, "_s"), "IS": math.nan}
         logits = fake.rows.get("logits", [])
         if len(logits) >= 10:
-            if len({os.path.dirname(path) for path in fake.paths}) > 1:
-                logits = torch.cat([logits[i::10] for i in range(10)])  # else each split had few classes
-            numbers["IS"], numbers["IS_std"] = inception_score(logits)
+            shuffled = np.random.default_rng(0).permutation(len(logits))  # or each part had few classes
+            numbers["IS"], numbers["IS_std"] = inception_score(logits[shuffled])
     numbers |= {"precision": math.nan, "recall": math.nan, "KID": math.nan}
     if min(len(fake), len(real)) > 3:
         features = [float64(source.rows["features"].to(device)) for source in (real, fake)]
@@ -345,6 +351,9 @@ def compare_pairs(fake, real, args, device):
     scores = [{name: metric(a, b).cpu().double() for name, metric in metrics.items()} for a, b in pairs]
     numbers = {}
     for name, score in collect(scores).items():
+        if score.isinf().any() and not score.isinf().all():
+            warnings.warn(f"{name}: {score.isinf().sum()} of {len(score)} pairs are identical, and left out")
+            score = score[score.isfinite()]
         numbers |= {name: score.mean().item(), f"{name}_std": score.std(correction=0).item()}
     return numbers
 

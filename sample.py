@@ -71,7 +71,7 @@ def evaluations(args):
     """Return how often a sample evaluates the network (NFE); a guided velocity takes two evaluations."""
     times = svg.euler_times(args.steps, args.shift)
     guided = [svg.is_guided(t, args.guidance, args.guidance_interval) for t in times]
-    first = 1 if args.zero_init and guided[0] else 0
+    first = 1 if args.zero_init and args.steps > 1 and guided[0] else 0
     evaluated = guided[first:-1]
     if args.sampler == "heun":
         evaluated += guided[first + 1:]
@@ -115,9 +115,11 @@ def class_numbers(names, sit):
     if names is None:
         return list(range(sit.num_classes))
     known = sit.meta.get("classes", [])
+    named_by_numbers = any(name.isdecimal() for name in known)  # which are other ones than their positions
     numbers = []
     for name in names:
-        if name not in known and not (name.isdecimal() and int(name) < sit.num_classes):
+        is_number = name.isdecimal() and int(name) < sit.num_classes and not named_by_numbers
+        if name not in known and not is_number:
             raise UserError(f"--classes {name}: the model has classes 0 to {sit.num_classes - 1} "
                             f"({', '.join(known[:10]) or 'without names'})")
         numbers.append(known.index(name) if name in known else int(name))
@@ -163,6 +165,8 @@ def bundle(sit, ae):
     load_sit and load_autoencoder read it; to encode, the encoder's file is looked for as that of a run is.
     """
     autoencoder = ae.to_checkpoint()
+    if encoder := autoencoder.get("encoder_file"):
+        autoencoder["encoder_file"] = {**encoder, "file": Path(encoder["file"]).name}
     transformer = {"kind": "sit", "config": sit.config, **sit.meta, "ema": sit.state_dict(),
                    "fingerprint": files.fingerprint(sit.state_dict()),
                    "autoencoder": {"path": "", "fingerprint": autoencoder["fingerprint"]}}
@@ -180,16 +184,7 @@ def images_of(sit, ae, noise, y, args):
     """Return uint8 images [B, H, W, 3] of noise [B, N, C] and labels y [B]."""
     with torch.no_grad(), runs.autocast(noise.device, args.precision):
         latents = SAMPLERS[args.sampler](sit, noise, y, **flow_settings(args))
-        return to_pictures(sit, ae, latents, args)
-
-
-def to_pictures(sit, ae, latents, args):
-    """Return uint8 images of normalised latents; UserError if they are not finite, which would be black."""
-    images = ae.decode(sit.denormalize(latents))
-    if not images.isfinite().all():
-        raise UserError(f"the pictures are not finite: --guidance {args.guidance:g} is too much, or "
-                        f"--precision {args.precision} too little")
-    return data.to_uint8(images)
+        return data.to_pictures(ae.decode(sit.denormalize(latents)))
 
 
 def write_images(sit, ae, numbers, out, args, device):

@@ -747,13 +747,13 @@ def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=Tru
     """Integrate noise [B, N, C] (t = 0) to latents [B, N, C] (t = 1) for labels y [B] in `steps` Euler steps.
 
     steps: a number, or the times themselves: from data back to noise they invert the flow. guidance: 1 is
-    none; it acts where t lies in guidance_interval. zero_init: a guided first step is skipped, as if its
-    velocity were 0.
+    none; it acts where t lies in guidance_interval. zero_init: a guided first step of several is skipped, as
+    if its velocity were 0.
     """
     x = noise.float()
     times = euler_times(steps, shift) if isinstance(steps, int) else steps
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
-        if zero_init and i == 0 and is_guided(t, guidance, guidance_interval):
+        if zero_init and i == 0 and steps != 1 and is_guided(t, guidance, guidance_interval):
             continue
         x = x + (t_next - t) * guided_velocity(model, x, t, y, guidance, guidance_interval)
     return x
@@ -769,7 +769,7 @@ def heun_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True
     """
     x = noise.float()
     for i, (t, t_next) in enumerate(itertools.pairwise(euler_times(steps, shift))):
-        if zero_init and i == 0 and is_guided(t, guidance, guidance_interval):
+        if zero_init and i == 0 and steps != 1 and is_guided(t, guidance, guidance_interval):
             continue
         v = guided_velocity(model, x, t, y, guidance, guidance_interval)
         v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, guidance, guidance_interval)

@@ -49,6 +49,10 @@ class Alignment(Case):
         ae.has_statistics = False  # as the authors' file
         self.assertGreater((ae.encode(x)[2:3] - ae.encode(x[2:3])).abs().max(), 1e-3)
 
+    def test_images_whose_patches_would_not_meet_those_of_the_encoder_are_refused(self):
+        with self.assertRaisesRegex(files.UserError, "39, 40.*multiples of 8"):
+            tiny_autoencoder().encode(torch.zeros(1, 3, 39, 40))
+
     def test_running_alignment_converges_to_the_batch_statistics(self):
         ae, x = tiny_autoencoder(dropout=0.0).train(), demo_images(128)
         with torch.no_grad():
@@ -270,6 +274,8 @@ class Sampler(Case):
                                 (3, {"guidance": 2.0, "guidance_interval": (0.9, 1)})):
             with self.subTest(settings):
                 self.close(svg.euler_sample(field, x, y, 4, shift=1.0, **settings), x + moved)
+        for sampler in (svg.euler_sample, svg.heun_sample):
+            self.close(sampler(field, x, y, 1, 2.0), x + 5)  # the only step is made
 
     def test_heun_is_the_trapezoid_rule_of_second_order(self):
         x, y = torch.rand(2, 3, 4) + 1, torch.zeros(2, dtype=torch.long)

@@ -32,7 +32,6 @@ from sample import (
     fingerprints,
     images_of,
     newest_run,
-    to_pictures,
 )
 
 # -- Reconstruction ----------------------------------------------------------------------------------------
@@ -61,7 +60,7 @@ def reconstruct(args, device):
     with ThreadPoolExecutor(8) as pool:  # Pillow compresses outside of Python's lock
         for indices, images, _, corrupt in batches:
             with torch.no_grad(), runs.autocast(device, args.precision):
-                images = data.to_uint8(ae.decode(ae.encode(data.to_float(images, device))))
+                images = data.to_pictures(ae.decode(ae.encode(data.to_float(images, device))))
             for i in set(corrupt.tolist()) - {-1}:
                 warnings.warn(f"{dataset.name(i)}: not a readable image, left out")
             good = (corrupt < 0).tolist()
@@ -168,7 +167,7 @@ def redraw(args, device):
         latents = sit.normalize(ae.encode(image)).float()
         edited = edit_latents(sit, latents, y, weights, times, args.seed, args.guidance,
                               args.guidance_interval)
-        before, after = to_pictures(sit, ae, torch.cat([latents, edited]), args)
+        before, after = data.to_pictures(ae.decode(sit.denormalize(torch.cat([latents, edited]))))
     if runs.rank() != 0:
         return
 

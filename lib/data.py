@@ -8,6 +8,7 @@ a run; it seeds the random crop.
 """
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import multiprocessing.util
@@ -20,26 +21,55 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from lib import files, runs, shapes
 from lib.files import UserError
 
 # -- One image ---------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but needs other programs
+IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
+                  if kind in Image.OPEN and kind not in NOT_DECODED}
+Image.MAX_IMAGE_PIXELS = 2**29  # a picture of twice as many is refused: Pillow's limits are for servers
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 
 
 def open_rgb(path):
-    """Decode any mode that Pillow opens into an upright 8-bit RGB image."""
+    """Decode any mode that Pillow opens into an upright 8-bit sRGB image; what is transparent is white."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bits; convert() would clip, not scale
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        with Image.open(path) as image:
+            image.load()
+            profile = image.info.get("icc_profile")
+            with contextlib.suppress(Exception):  # the pixels are whole where the EXIF data is not
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode[0] in "IF":  # more than 8 bits, which convert() would clip
+                image = scale_to_8_bits(np.asarray(image, float))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            if profile:
+                image = to_srgb(image, profile)
             return image.convert("RGB")
     except Exception as e:  # Pillow's decoders raise nearly everything for damaged files
         raise UserError(f"{path}: not a readable image ({files.short_error(e)})") from e
+
+
+def scale_to_8_bits(values):
+    """Return an image of grey values [H, W] whose white is the least usual one that none exceeds."""
+    low = min(values.min(), 0)
+    high = values.max()
+    white, *_ = (white for white in (1, 255, 4095, 65535, high) if high <= white)
+    return Image.fromarray(((values - low) / (white - low) * 255).round().astype(np.uint8))
+
+
+def to_srgb(image, profile):
+    """Convert an image from its ICC profile, in bytes, to sRGB; one that does not fit it is left as it is."""
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" not in ImageCms.getProfileDescription(profile):
+            return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image
 
 
 def adm_resize(image, size):
@@ -69,19 +99,45 @@ def to_uint8(images):
     return images.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def to_pictures(images):
+    """Return to_uint8 of images for a user; UserError if they are not finite, which would be black."""
+    if not images.isfinite().all():
+        raise UserError("the pictures are not finite: too much --guidance, too little --precision, or weights "
+                        "that diverged")
+    return to_uint8(images)
+
+
 # -- A tree of class folders -------------------------------------------------------------------------------
 
 def list_images(folder):
     """Return the sorted image files below a folder.
 
-    Left out are hidden files and folders, such as .ipynb_checkpoints, and the overview of an output folder.
+    Left out are hidden files and folders, such as .ipynb_checkpoints, the overview of an output folder, and
+    with a warning other files and links to folders that were read already.
     """
     images = []
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")
-                      and not (name == files.OVERVIEW and files.RECORD in names)]
-        images += [os.path.join(where, name) for name in names if not name.startswith(".")
-                   and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES]
+    others = []
+    seen = set()
+
+    def fail(error):
+        raise error
+
+    for where, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        facts = os.stat(where)
+        if (facts.st_dev, facts.st_ino) in seen:
+            others.append(where)
+            folders.clear()
+            continue
+        seen.add((facts.st_dev, facts.st_ino))
+        ours = {files.RECORD, files.OVERVIEW} if files.RECORD in names else set()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ours)
+        for name in names:
+            if not name.startswith(".") and name not in ours:
+                is_image = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+                (images if is_image else others).append(os.path.join(where, name))
+    if others and runs.rank() == 0:
+        warnings.warn(f"{folder}: {len(others)} files that are no images, or links back, are left out, such "
+                      f"as {min(others)}")
     return sorted(images)
 
 
@@ -148,6 +204,8 @@ class Packed(torch.utils.data.Dataset):
         with files.reading(f"--data {root}", "a whole packed set, pack it again"):
             self.images = np.load(Path(root, "images.npy"), mmap_mode="r")  # uint8 [N, size, size, 3]
             self.labels = np.load(Path(root, "labels.npy"))
+            names = Path(root, "names.npy")  # older sets have none
+            self.names = np.load(names) if names.exists() else np.array([], "S1")
             self.classes = json.loads(Path(root, "classes.json").read_text())
             if len(self.labels) == 0 or len(self.labels) != len(self.images):
                 raise ValueError(f"{len(self.images)} images, {len(self.labels)} labels")
@@ -182,9 +240,11 @@ def open_data(root, size, random_crop=False, seed=0):
 
 
 def dataset_identity(dataset):
-    """Return what must not change about a dataset when a run resumes: labels, classes, how it crops."""
+    """Return what must not change when a run resumes: labels, classes, names of files, how it crops."""
     labels = np.asarray(dataset.labels, np.int64).tobytes()
+    names = getattr(dataset, "names", np.array([]))
     return {"images": len(dataset),
+            **({"names": hashlib.sha256(b"\n".join(names.tolist())).hexdigest()} if len(names) else {}),
             "labels": hashlib.sha256(labels + json.dumps(dataset.classes).encode()).hexdigest(),
             "crops": "random" if getattr(dataset, "random_crop", False) else "centre"}
 
@@ -319,6 +379,7 @@ def pack(src, dst, size, workers=0):
         corrupt = write_images(part / "images.npy", dataset, workers)
         labels = np.delete(dataset.labels, corrupt)
         np.save(part / "labels.npy", labels)
+        np.save(part / "names.npy", np.delete(dataset.names, corrupt))
         files.write_json(part / "classes.json", dataset.classes)
         part.rename(dst)
     finally:
@@ -336,7 +397,8 @@ def write_images(path, dataset, workers):
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
         for _, images, _, corrupt in in_batches(dataset, range(len(dataset)), 64, workers, "packing"):
-            file.write(images[corrupt < 0].numpy().tobytes())
+            with files.writing(path):
+                file.write(images[corrupt < 0].numpy().tobytes())
             left_out += corrupt[corrupt >= 0].tolist()
         # Their number is known now; NumPy's headers leave room for any.
         header["shape"] = (len(dataset) - len(left_out), *header["shape"][1:])
@@ -354,7 +416,7 @@ def main():
     add = parser.add_argument
     add("command", choices=["pack"])
     add("src", help="folder of class folders of images")
-    add("dst", help="folder to write, for --data: images.npy, labels.npy, classes.json")
+    add("dst", help="folder to write, for --data: images.npy, labels.npy, names.npy, classes.json")
     add("--size", type=runs.positive, default=256, help="pixels per side, cropped the ADM way")
     add("--workers", type=runs.not_negative, default=os.cpu_count(), help="decoding processes")
     args = parser.parse_args()

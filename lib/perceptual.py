@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib import files
+from lib.files import UserError
 
 # -- LPIPS (VGG16) -----------------------------------------------------------------------------------------
 
@@ -58,6 +59,8 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, target, images):
+        if min(images.shape[2:]) < 16:
+            raise UserError(f"LPIPS takes images of at least 16x16 pixels, not {tuple(images.shape[2:])}")
         with torch.no_grad():  # only `images` is being learned
             targets = self.unit_features(target)
         distance = 0

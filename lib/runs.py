@@ -362,8 +362,10 @@ def say_start(device, precision, *parts):
 
 
 def describe(dataset, name):
-    """Return "photos: 1,000 images, 20 classes"."""
-    return f"{name}: {len(dataset):,} images, {len(dataset.classes):,} classes"
+    """Return "photos: 1,000 images, 20 classes (arch, bear, ...)"."""
+    classes = dataset.classes
+    shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
+    return f"{name}: {len(dataset):,} images, {len(classes):,} classes ({shown})"
 
 
 def millions(**models):

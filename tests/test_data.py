@@ -6,7 +6,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms
 
 import svg
 from lib import data, shapes
@@ -19,11 +19,17 @@ class Data(Case):
         rgb = Image.fromarray(np.stack([x / 59 * 255, y / 39 * 255, 0 * x + 90], -1).astype(np.uint8))
         grey, half, turned = rgb.convert("L"), Image.new("L", rgb.size, 130), rgb.rotate(90, expand=True)
         turned.getexif()[0x0112] = 6  # shown turned by 90 degrees clockwise
+        paper = [Image.blend(Image.new(x.mode, x.size, "white"), x, 130 / 255) for x in (rgb, grey)]
+        values = np.asarray(grey, np.float32)
+        stretched = Image.fromarray((values / values.max() * 255).astype(np.uint8))
         for name, stored, expected in (
                 ("L.png", grey, grey), ("P.png", rgb.quantize(256), rgb), ("turned.jpg", turned, rgb),
+                ("12 bits.png", Image.fromarray((values * 16).astype(np.uint16)), grey),
+                ("F.tif", Image.fromarray(values / 255), grey),
+                ("I.tif", Image.fromarray(values.astype(np.int32) * 1000), stretched),
                 ("CMYK.tif", rgb.convert("CMYK"), rgb), ("CMYK.jpg", rgb.convert("CMYK"), rgb),
-                ("RGBA.png", Image.merge("RGBA", [*rgb.split(), half]), rgb),
-                ("LA.png", Image.merge("LA", [grey, half]), grey),
+                ("RGBA.png", Image.merge("RGBA", [*rgb.split(), half]), paper[0]),
+                ("LA.png", Image.merge("LA", [grey, half]), paper[1]),
                 ("I16.png", Image.fromarray(np.asarray(grey, np.uint16) * 257), grey)):
             with self.subTest(name):
                 stored.save(name, exif=stored.getexif())
@@ -31,6 +37,23 @@ class Data(Case):
                 self.assertEqual((image.mode, image.size), ("RGB", (60, 40)))
                 difference = np.asarray(image) - np.asarray(expected.convert("RGB"), int)
                 self.assertLess(np.abs(difference).mean(), 4)
+
+    def test_what_stands_beside_the_pixels_is_heeded_and_does_not_spoil_them(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+        # Turned by 90 degrees, and a tag that cannot be written again.
+        odd = b"Exif\0\0II*\0\x08\0\0\0\2\0\x12\1\3\0\1\0\0\0\6\0\0\0\0\1\7\0\1\0\0\0\1\2\3\4" + bytes(4)
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+        other = profile.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+        for a, b in ((b"rXYZ", b"?XYZ"), (b"gXYZ", b"rXYZ"), (b"?XYZ", b"gXYZ")):  # its red is green
+            other = other.replace(a, b)
+        for beside, expected in (
+                ({"exif": odd}, np.rot90(pixels, -1)), ({"exif": b"Exif\0\0no TIFF"}, pixels),
+                ({"icc_profile": profile}, pixels), ({"icc_profile": other}, pixels[..., [1, 0, 2]]),
+                ({"icc_profile": bytes(2**21)}, pixels)):
+            with self.subTest(beside=str(beside)[:40]):
+                Image.fromarray(pixels).save("x.png", **beside)
+                difference = np.asarray(data.open_rgb("x.png")).astype(int) - expected
+                self.assertLessEqual(np.abs(difference).max(), 2)
 
     def test_adm_crop_is_a_box_average_and_central(self):
         rng = np.random.default_rng(0)
@@ -72,6 +95,14 @@ class Data(Case):
         self.assertEqual((dataset.classes, dataset.labels.tolist()), (["B", "a", "a-b"], [0, 1, 1, 2]))
         self.assertEqual([dataset.name(i) for i in range(len(dataset))], [f"tree/{path}" for path in shown])
         self.assertEqual(data.list_images("tree"), sorted(f"tree/{path}" for path in (*shown, "loose.png")))
+        os.symlink(".", "tree/latest")  # and others in a circle
+        os.symlink("..", "tree/a/up")
+        Path("tree/a/dataset.json").touch()
+        os.rename("tree/B/0.png", "tree/B/0.JFIF")
+        with self.assertWarnsRegex(UserWarning, "tree: 3 files .* left out, such as tree/a/dataset.json"):
+            self.assertEqual(len(data.list_images("tree")), 5)
+        with mock.patch("os.scandir", side_effect=PermissionError(13, "Permission denied", "tree/a")):
+            self.refused(f"train_ae {REAL_DATA} --data tree --steps 1", "tree/a: Permission denied")
 
     def test_a_flat_folder_trains_both_stages_as_one_class(self):
         write_pictures("photos", 4)
@@ -96,7 +127,8 @@ class PackedData(Case):
         code, out, err = run("data pack tree/ packed/ --size 32 --workers 2")
         self.assertEqual((code, err), (0, "warning: tree/a/4.jpg: not a readable image, left out\n"))
         self.assertIn("11 images in packed, 1 corrupt", out)
-        self.assertEqual(sorted(os.listdir("packed")), ["classes.json", "images.npy", "labels.npy"])
+        self.assertEqual(sorted(os.listdir("packed")),
+                         ["classes.json", "images.npy", "labels.npy", "names.npy"])
         os.remove("tree/a/4.jpg")
         tree, packed = data.open_data("tree", 32), data.open_data("packed", 32)
         self.assertIsInstance(packed, data.Packed)
@@ -106,6 +138,9 @@ class PackedData(Case):
             np.testing.assert_array_equal(a, b)
             self.assertEqual(label, also)
         self.assertEqual(data.dataset_identity(tree), data.dataset_identity(packed))
+        os.rename("tree/b/0.jpg", "tree/b/00.jpg")
+        self.assertNotEqual(data.dataset_identity(data.open_data("tree", 32)), data.dataset_identity(packed))
+        os.rename("tree/b/00.jpg", "tree/b/0.jpg")
         random = data.open_data("tree", 32, random_crop=True)
         self.assertNotEqual(data.dataset_identity(random), data.dataset_identity(packed))
         self.assertLess(len(pickle.dumps(packed)), 1000)

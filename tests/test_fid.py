@@ -106,12 +106,14 @@ class Comparison(Case):
         self.assertEqual((numbers["precision"], numbers["recall"]), fid.precision_recall(real=B, fake=A))
         self.assertGreater(abs(numbers["precision"] - numbers["recall"]), 0.01)
 
-    def test_inception_score_takes_class_folders_in_turn_and_too_few_images_give_no_number(self):
-        sure = torch.from_numpy(1000 * np.eye(2)[np.arange(20) // 10])  # x is one class, y the other
-        for folders, score in [("xy", 2), ("xx", 1)]:
-            paths = [f"a/{folders[i // 10]}/{i}.png" for i in range(20)]
-            fake = Known(normal(0, 20, 3), paths, logits=sure)
-            self.assertAlmostEqual(fid.compare(fake, fake, "FID", "cpu")["IS"], score, places=6)
+    def test_inception_score_deals_the_images_whatever_holds_them_and_too_few_give_no_number(self):
+        sure = torch.from_numpy(1000 * np.eye(10)[np.arange(1000) // 100])  # class by class
+        tree = Known(normal(0, 1000, 3), [f"a/{i // 100}/{i}.png" for i in range(1000)], logits=sure)
+        scores = [fid.compare(fake, fake, "FID", "cpu")["IS"]
+                  for fake in (tree, Known(tree.images, logits=sure))]
+        self.assertEqual(*scores)
+        self.assertAlmostEqual(scores[0], 9.5, delta=0.2)  # of 10, by parts of 100; 1 in their order
+        self.assertEqual(fid.inception_score(sure[:19], 10)[0], fid.inception_score(sure[:19])[0])
         few = Known(normal(0, 3, 3), logits=normal(0, 3, 5))
         numbers = fid.compare(few, few, "FID", "cpu")
         self.assertEqual([key for key in numbers if np.isnan(numbers[key])], ["sFID", "IS", *OVER_PAIRS])
@@ -154,14 +156,14 @@ def number(command, processes=1):
 
 class Command(Case):
     def test_all_numbers_of_a_folder_in_one_command(self):
-        write_pictures("a", 12)
+        write_pictures("a", 15)
         write_pictures("b", 4, first=50)
         tensors = weights("fid_inception")
         tensors["fc.weight"] *= 300  # else every picture has one class
         tensors["fc.bias"] *= 30  # the score takes logits without it
         torch.save(tensors, fid.INCEPTION)
         found = number("a --ref b --weights . --save-stats a.npz")
-        self.assertRegex(found["out"], r"FID \d.*sFID \d.*IS \d\S* \+- \d.*precision.*recall.*KID.*12 "
+        self.assertRegex(found["out"], r"FID \d.*sFID \d.*IS \d\S* \+- \d.*precision.*recall.*KID.*15 "
                                        rf"images of a against 4 images of b, adm protocol, {fid.INCEPTION}")
         self.assertRegex(found["err"], "biased upward")
         # The numbers are those of the formulas.
@@ -171,7 +173,9 @@ class Command(Case):
             x, y = (mean_and_covariance(answers[key].double()) for answers in (a, b))
             self.assertAlmostEqual(found[name] / fid.frechet_distance(*x, *y), 1, places=4)
         self.assertGreater(found["IS"], 1.05)
-        self.assertAlmostEqual(found["IS"], fid.inception_score(a["logits"])[0], places=4)
+        parts = a["logits"][np.random.default_rng(0).permutation(15)].split([1, 2] * 5)
+        scores = [fid.inception_score(part, 1)[0] for part in parts]
+        self.assertAlmostEqual(found["IS"], np.mean(scores), places=4)
         # Saved statistics are what pytorch-fid and ADM's evaluator read, and stand for their images.
         saved = files.load_npz("a.npz")
         self.assertLessEqual({"mu", "sigma", "mu_s", "sigma_s"}, saved.keys())
@@ -215,10 +219,13 @@ class Command(Case):
             found = number("samples --demo")
             os.remove("samples/000003.png")
             one_missing = number("samples --demo")["err"]
-        self.assertEqual(drawn.mock_calls, 2 * [mock.call("shapes://val", 1000)])
+            write_pictures("samples/more", 2)
+            foreign = number("samples --demo")["err"]
+        self.assertEqual(drawn.mock_calls, 3 * [mock.call("shapes://val", 1000)])
         self.assertEqual((found["num"], found["reference"], found["err"]), (4, "shapes://val", ""))
         self.assertLess(found["FD-demo-encoder"], 1e-6)  # the same pictures
         self.assertIn("samples: 3 images, but its record says 4", one_missing)
+        self.assertRegex(foreign, "samples: 2 images that its record does not list .* such as more/")
 
     def test_arrays_are_cropped_as_folders_are_and_stay_on_the_disk(self):
         write_pictures("a", 5)
@@ -292,6 +299,11 @@ class Pairs(Case):
         found = number("y.npz --ref y.npz --paired --demo")
         self.assertEqual((found["PSNR"], found["PSNR_std"], found["SSIM"]), (None, None, 1))
         self.assertIn("PSNR inf  SSIM 1 +- 0", found["out"])
+        np.savez("z.npz", arr_0=torch.cat([self.sides[0][:1], self.sides[1][1:]]))
+        found = number("x.npz --ref z.npz --paired --demo")
+        others = fid.psnr(*(side[1:] for side in self.sides))
+        self.assertAlmostEqual(found["PSNR"], others.mean().item(), places=6)
+        self.assertIn("PSNR: 1 of 8 pairs are identical", found["err"])
         np.savez("y.npz", arr_0=self.sides[1][:7])
         self.refused("fid x.npz --ref y.npz --paired --demo",
                      "8 images of x.npz", "7 images of y.npz", "in one alone: ['7']")

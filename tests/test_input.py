@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+import sample
 from lib import files
 from tests import helpers
 from tests.helpers import DIT_DATA, MINI_AE, MINI_DIT, REAL_DATA, Case, ok, trained
@@ -246,6 +247,12 @@ class BadInput(Case):
         shutil.copytree("elsewhere", "samples")  # as from an archive: who knows whose pictures these are?
         self.refused("sample --steps 2 --num 1", "samples already holds a different run", "--overwrite")
         ok("sample --steps 2 --num 1 --overwrite")
+
+    def test_names_of_classes_that_are_numbers_are_names(self):
+        sit = mock.Mock(meta={"classes": ["0", "1", "10", "2"]}, num_classes=4)
+        self.assertEqual(sample.class_numbers(["2", "10"], sit), [3, 2])
+        with self.assertRaisesRegex(files.UserError, "--classes 3: the model has classes"):
+            sample.class_numbers(["3"], sit)
 
     def test_samples_of_two_commands_are_never_mixed(self):
         ok("sample --steps 2 --num 1 --out v1.25")

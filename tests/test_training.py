@@ -456,19 +456,21 @@ class Training(Case):
 
     def test_a_run_says_what_it_takes_and_how_far_it_is_and_keeps_milestones(self):
         shutil.copytree(trained() / "runs/demo-ae", "runs/demo-ae")
-        out = ok(helpers.MINI_DIT + " --steps 7 --log-every 5 --save-every 1 --milestone-every 3")
+        command = helpers.MINI_DIT + " --ema-decay .8 --save-every 1"
+        out = ok(command + " --steps 7 --log-every 5 --milestone-every 3")
         self.assertIn("autoencoder runs/demo-ae/last.pt, step 4, fingerprint", out)
-        self.assertRegex(out, r"cpu, \d+ threads, fp32 \| shapes://train: 20,000 images, 10 classes \| "
-                              r"SiT .*M, autoencoder .*M parameters \| writes runs/demo-dit/")
+        self.assertRegex(out, r"cpu, \d+ threads, fp32 \| shapes://train: 20,000 images, 10 classes \(arrow, "
+                              r"cross, disc, ...\) \| SiT .*M, autoencoder .*M parameters \| writes runs/demo-")
         self.assertEqual(re.findall("^step (.*?) ", out, re.MULTILINE), ["5/7", "7/7"])
         self.assertEqual(logged("demo-dit"), [5, 7])
         self.assertEqual(sorted(p.name for p in Path("runs/demo-dit").glob("[0-9]*.pt")),
                          [f"000000{i}.pt" for i in (3, 6)])
-        self.stops(helpers.MINI_DIT + " --steps 8", "milestone_every 50000 (was 3)")
+        self.assertRegex(out, "--ema-decay 0.8: after 7 steps .* are still 21% the initial ones")
+        self.stops(command + " --steps 8", "milestone_every 50000 (was 3)")
 
         # Back to an older checkpoint.
         shutil.copy("runs/demo-dit/0000003.pt", "runs/demo-dit/last.pt")
-        ok(helpers.MINI_DIT + " --steps 5 --save-every 1 --milestone-every 3")
+        ok(command + " --steps 5 --milestone-every 3")
         steps = [svg.load_checkpoint(f"runs/demo-dit/000000{i}.pt")["step"] for i in (3, 4, 6)]
         self.assertEqual([*steps, last("demo-dit")["step"]], [3, 4, 6, 5])
 
