@@ -115,11 +115,10 @@ def class_numbers(names, sit):
     if names is None:
         return list(range(sit.num_classes))
     known = sit.meta.get("classes", [])
-    named_by_numbers = any(name.isdecimal() for name in known)  # which are other ones than their positions
+    by_position = not any(map(str.isdecimal, known))  # else 3 would mean the folder 2 of 0, 1, 10, 2
     numbers = []
     for name in names:
-        is_number = name.isdecimal() and int(name) < sit.num_classes and not named_by_numbers
-        if name not in known and not is_number:
+        if name not in known and not (by_position and name.isdecimal() and int(name) < sit.num_classes):
             raise UserError(f"--classes {name}: the model has classes 0 to {sit.num_classes - 1} "
                             f"({', '.join(known[:10]) or 'without names'})")
         numbers.append(known.index(name) if name in known else int(name))

@@ -14,6 +14,7 @@ Read from top to bottom. The paper's symbols and the shapes:
 """
 import itertools
 import math
+import os
 import warnings
 from pathlib import Path
 
@@ -682,10 +683,8 @@ def load_sit(path, ema=True):
         files.check_fingerprint(weights, part.get("fingerprint") if ema else None)
         model.meta = {name: part[name] for name in ("autoencoder", "classes", "step", "fingerprint")
                       if name in part}
-        place = Path(path)
-        if "sit" not in checkpoint:
-            place = place.with_name("autoencoder.pt")  # train_dit.py's copy
-        if "autoencoder" in model.meta and place.exists():
+        place = path if "sit" in checkpoint else Path(path).with_name("autoencoder.pt")  # train_dit.py's copy
+        if "autoencoder" in model.meta and os.path.exists(place):
             model.meta["autoencoder"]["path"] = str(place)
     return model.eval()
 

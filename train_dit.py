@@ -101,10 +101,10 @@ def main():
 
     # Data, models and optimiser.
     ae, kept = open_autoencoder(args, device)
-    rest = args.ema_decay ** args.steps
-    if rest > 0.1:
+    initial = args.ema_decay ** args.steps
+    if initial > 0.1:
         runs.say(f"--ema-decay {args.ema_decay:g}: after {args.steps} steps the averaged weights, which are "
-                 f"sampled, are still {rest:.0%} the initial ones: give a lower one")
+                 f"sampled, are still {initial:.0%} the initial ones: give a lower decay")
     dataset = data.open_data(args.data, ae.image_size, seed=args.seed)
     classes = dataset.classes
     torch.manual_seed(args.seed)  # every rank starts from the same weights

@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import multiprocessing.queues
 import multiprocessing.util
 import os
 import resource
@@ -58,8 +59,7 @@ def open_rgb(path):
 def scale_to_8_bits(values):
     """Return an image of grey values [H, W] whose white is the least usual one that none exceeds."""
     low = min(values.min(), 0)
-    high = values.max()
-    white, *_ = (white for white in (1, 255, 4095, 65535, high) if high <= white)
+    white = min(white for white in (1, 255, 4095, 65535, values.max()) if white >= values.max())
     return Image.fromarray(((values - low) / (white - low) * 255).round().astype(np.uint8))
 
 
@@ -102,8 +102,7 @@ def to_uint8(images):
 def to_pictures(images):
     """Return to_uint8 of images for a user; UserError if they are not finite, which would be black."""
     if not images.isfinite().all():
-        raise UserError("the pictures are not finite: too much --guidance, too little --precision, or weights "
-                        "that diverged")
+        raise UserError("the pictures are not finite: too much --guidance, or too little --precision")
     return to_uint8(images)
 
 
@@ -115,30 +114,27 @@ def list_images(folder):
     Left out are hidden files and folders, such as .ipynb_checkpoints, the overview of an output folder, and
     with a warning other files and links to folders that were read already.
     """
-    images = []
-    others = []
+    paths = []
     seen = set()
-
-    def fail(error):
-        raise error
-
-    for where, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        facts = os.stat(where)
-        if (facts.st_dev, facts.st_ino) in seen:
-            others.append(where)
+    errors = []
+    for where, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        place = os.stat(where)[1:3]  # inode and device
+        if place in seen:
+            paths.append(where)
             folders.clear()
             continue
-        seen.add((facts.st_dev, facts.st_ino))
-        ours = {files.RECORD, files.OVERVIEW} if files.RECORD in names else set()
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in ours)
-        for name in names:
-            if not name.startswith(".") and name not in ours:
-                is_image = os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-                (images if is_image else others).append(os.path.join(where, name))
-    if others and runs.rank() == 0:
+        seen.add(place)
+        ours = (files.RECORD, files.OVERVIEW) if files.RECORD in names else ()
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in ours)
+        paths += [os.path.join(where, name) for name in names if name[0] != "." and name not in ours]
+    if errors:
+        raise errors[0]
+    images = sorted(path for path in paths if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES)
+    if len(images) < len(paths) and runs.rank() == 0:
+        others = set(paths) - set(images)
         warnings.warn(f"{folder}: {len(others)} files that are no images, or links back, are left out, such "
                       f"as {min(others)}")
-    return sorted(images)
+    return images
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -204,8 +200,8 @@ class Packed(torch.utils.data.Dataset):
         with files.reading(f"--data {root}", "a whole packed set, pack it again"):
             self.images = np.load(Path(root, "images.npy"), mmap_mode="r")  # uint8 [N, size, size, 3]
             self.labels = np.load(Path(root, "labels.npy"))
-            names = Path(root, "names.npy")  # older sets have none
-            self.names = np.load(names) if names.exists() else np.array([], "S1")
+            names = Path(root, "names.npy")
+            self.names = np.load(names) if names.exists() else []
             self.classes = json.loads(Path(root, "classes.json").read_text())
             if len(self.labels) == 0 or len(self.labels) != len(self.images):
                 raise ValueError(f"{len(self.images)} images, {len(self.labels)} labels")
@@ -242,20 +238,22 @@ def open_data(root, size, random_crop=False, seed=0):
 def dataset_identity(dataset):
     """Return what must not change when a run resumes: labels, classes, names of files, how it crops."""
     labels = np.asarray(dataset.labels, np.int64).tobytes()
-    names = getattr(dataset, "names", np.array([]))
+    names = b"\n".join(getattr(dataset, "names", []))  # shapes and older packed sets have none
     return {"images": len(dataset),
-            **({"names": hashlib.sha256(b"\n".join(names.tolist())).hexdigest()} if len(names) else {}),
+            **({"names": hashlib.sha256(names).hexdigest()} if names else {}),
             "labels": hashlib.sha256(labels + json.dumps(dataset.classes).encode()).hexdigest(),
             "crops": "random" if getattr(dataset, "random_crop", False) else "centre"}
 
 
 # -- Batches -----------------------------------------------------------------------------------------------
 
-def ignore_stop_signals(_):
-    """Keep a loading process alive while its run finishes a step and saves.
+def prepare_loader(_):
+    """Keep a loading process alive while its run finishes a step and saves, and no longer than it works.
 
-    torchrun and clusters send their signals to every process.
+    torchrun and clusters send their signals to every process. A batch that cannot be sent, for lack of shared
+    memory, would be dropped, and the run would wait for it.
     """
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
     os.setsid()
     for signal_number in runs.STOP_SIGNALS:
         signal.signal(signal_number, signal.SIG_IGN)
@@ -272,12 +270,11 @@ def batches_of(dataset, items, workers, pin=False):
     """Return a DataLoader of the batches whose items the lists in `items` name."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if workers and 0 <= limit < 64 + 16 * workers:  # each batch on its way holds some; torch would hang
-        raise UserError(f"--workers {workers}: {limit} open files are too few for them: raise the limit "
-                        f"(ulimit -n 65536), or give fewer --workers")
+        raise UserError(f"--workers {workers}: {limit} open files are too few: raise it (ulimit -n 65536)")
     multiprocessing.util.Finalize(None, kill_loaders, exitpriority=0)  # when this program ends, however
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=items, num_workers=workers, pin_memory=pin,
-        prefetch_factor=4 if workers else None, worker_init_fn=ignore_stop_signals)
+        prefetch_factor=4 if workers else None, worker_init_fn=prepare_loader)
 
 
 def in_batches(dataset, indices, batch, workers, what):

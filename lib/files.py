@@ -52,9 +52,8 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError) as e:
-        reason = getattr(e, "strerror", None)
-        if reason is None:  # torch.save, of whose errors none names the cause
-            reason = f"no space left on the disk, or a limit on file sizes: {str(e).splitlines()[0]}"
+        # Of torch.save's errors none names the cause.
+        reason = getattr(e, "strerror", None) or f"no space left, or a limit on file sizes: {short_error(e)}"
         raise UserError(f"{path}: not written ({reason}): make room, or give another place; a previous file "
                         f"of that name is intact") from e
 

@@ -98,16 +98,14 @@ def fetch_weights(name, weights_dir=None):
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REMEDIES = [(re.compile(pattern), remedy) for pattern, remedy in [  # of what torch and the system say
-    ("Too many open files|items of ancdata", "raise the limit (ulimit -n 65536), or give fewer --workers"),
-    ("Bus error|shared memory|/torch_",
-     "shared memory (/dev/shm) is full: make it larger (docker run --shm-size=16g), or give fewer --workers"),
-    ("DataLoader worker", "a loading process was killed, perhaps for lack of memory: give fewer --workers"),
-    ("C\\+\\+ compiler|C compiler|working triton",
-     "torch.compile finds no compiler: install one (g++, on a GPU also Triton), or give --no-compile"),
-    ("environment variable .* expected", "WORLD_SIZE is set without it: start by torchrun, or unset it"),
-    ("out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)",
-     "out of memory: give a smaller --batch; training also takes --accumulate N (in N parts), --recompute")]]
+REMEDIES = {  # a pattern in what torch or the system says: what to do
+    "Too many open files|items of ancdata": "raise the limit (ulimit -n 65536), or give fewer --workers",
+    r"DataLoader worker \(pid|shared memory|/torch_":
+        "a loading process was killed, or lacked shared memory (docker run --shm-size=16g): fewer --workers",
+    r"C(\+\+)? compiler|working triton": "no compiler: install g++, on a GPU Triton, or give --no-compile",
+    "environment variable .* expected": "WORLD_SIZE is set without it: start by torchrun, or unset it",
+    "out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)":
+        "out of memory: give a smaller --batch; training also takes --accumulate N (in N parts), --recompute"}
 
 
 def run_main(main):
@@ -135,8 +133,8 @@ def error_line(error):
         # A loading process wraps an error into its traceback, of which the message is the end.
         return str(error).strip().split("UserError: ")[-1]
     text = "out of memory" if isinstance(error, MemoryError) else str(error)
-    for pattern, remedy in REMEDIES:
-        if pattern.search(text):
+    for pattern, remedy in REMEDIES.items():
+        if re.search(pattern, text):
             return f"{remedy} ({files.short_error(error)})"
     if isinstance(error, OSError) and (error.filename or error.errno in DISK_FULL):
         return f"{error.filename or 'the disk'}: {error.strerror}; make room, or give another place"
@@ -425,16 +423,15 @@ def claim_folder(args, names, models):
         if found - written:
             raise UserError(f"--out {out} holds {min(found - written)}, which is not of this program: give "
                             f"another --out, or move it away")
-        here = out.stat().st_ino
-        known = record.get("inode") == here
+        inode = out.stat().st_ino
         same = record.get("settings") == settings or args.out == args.default_out
-        if record and not (known and same) and not args.overwrite:
+        if record and not (same and record.get("inode") == inode) and not args.overwrite:
             raise UserError(f"--out {out} already holds a different run of {len(written)} files: give "
                             f"another --out, or --overwrite")
         for name in found:
             (out / name).unlink()
-        files.write_json(out / files.RECORD, {
-            "program": "SVG", "settings": settings, "files": names, "inode": here})
+        record = {"program": "SVG", "settings": settings, "files": names, "inode": inode}
+        files.write_json(out / files.RECORD, record)
     barrier()
 
 
@@ -483,7 +480,6 @@ class Run:
         self.trained_on = trained_on
         self.corrupt = set()
         self.signal = 0
-        self.saved = 0  # step of last.pt
         config = {"stage": stage, **vars(args), "trained_on": trained_on, **facts}
         config = json.loads(json.dumps(config, default=str))
         self.check_folder(config)
@@ -500,7 +496,7 @@ class Run:
         """Raise UserError if the folder holds another run or something else."""
         before = files.read_json(self.path / "config.json")
         names = {path.name for path in self.path.glob("[!.]*")}
-        if not {"stage", "trained_on"} <= before.keys() and names - {"last.pt"}:
+        if not {"stage", "trained_on"} <= before.keys() and names - {"last.pt", "autoencoder.pt"}:
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
         changed = [f"{name} {value} (was {before[name]})" for name, value in config.items()
                    if name not in FREE_FLAGS and before.get(name, value) != value]
@@ -539,7 +535,7 @@ class Run:
             say(f"resuming {self.path} at step {step}")
         if len(set(gather(step))) > 1:
             raise UserError(f"{self.last} is not the same for every process: runs/ must lie on a shared disk")
-        self.saved = step
+        self.saved = step  # of last.pt
         log = self.path / "log.jsonl"
         if rank() == 0 and log.exists():
             kept = [json.dumps(entry) + "\n" for entry in read_log(log) if entry["step"] <= step]
@@ -632,12 +628,10 @@ class Run:
 
         Raises UserError for weights that are not finite, and writes nothing.
         """
-        for name, part in state.items():
-            if isinstance(part, torch.nn.Module):
-                bad = [key for key, value in part.state_dict().items() if not value.isfinite().all()]
-                if bad:
-                    raise self.diverged(f"{len(bad)} tensors of {name} are not finite at step {step}, such "
-                                        f"as {bad[-1]}")
+        bad = [f"{name}.{key}" for name, part in state.items() if isinstance(part, torch.nn.Module)
+               for key, value in part.state_dict().items() if not value.isfinite().all()]
+        if bad:
+            raise self.diverged(f"{len(bad)} tensors are not finite at step {step}, such as {bad[-1]}")
         if rank() == 0:
             if self.last.exists():
                 self.number_last()
