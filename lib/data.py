@@ -263,7 +263,8 @@ def kill_loaders():
     """Kill the loading processes, which ignore the signal by which Python would end them, and then wait."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:
+            process.kill()
 
 
 def batches_of(dataset, items, workers, pin=False):
