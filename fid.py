@@ -10,7 +10,6 @@
 FID is comparable only within one protocol: resize, Inception weights, reference and number of images.
 """
 import functools
-import itertools
 import math
 import os
 import warnings
@@ -83,9 +82,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def inception_score(logits, splits=10):
     """exp E KL(p(y|x) || p(y)) of parts of logits [N, classes]: mean, deviation (Salimans et al. 2016)."""
     scores = []
-    log_probabilities = float64(torch.as_tensor(logits)).log_softmax(1)
-    bounds = [i * len(logits) // splits for i in range(splits + 1)]
-    for log_p in (log_probabilities[a:b] for a, b in itertools.pairwise(bounds)):
+    cuts = [i * len(logits) // splits for i in range(1, splits)]
+    for log_p in float64(torch.as_tensor(logits)).log_softmax(1).tensor_split(cuts):
         log_marginal = log_p.logsumexp(0) - math.log(len(log_p))
         divergence = (log_p.exp() * (log_p - log_marginal)).sum(1)
         scores.append(divergence.mean().exp())

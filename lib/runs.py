@@ -194,10 +194,7 @@ not_negative = whole(0)
 
 
 def output_file(entry):
-    """Return an argparse type: a path to write at, free or of a file that has an entry of this name.
-
-    It is checked before the work, so that nothing is lost after it, nor a file of another kind replaced.
-    """
+    """Return an argparse type: a path at which to write, free or of a file that has an entry of this name."""
     def output_file(text):
         folder = Path(text).absolute().parent
         if os.path.lexists(text) and not files.has_entry(text, entry):
@@ -361,9 +358,9 @@ def say_start(device, precision, *parts):
 
 def describe(dataset, name):
     """Return "photos: 1,000 images, 20 classes (arch, bear, ...)"."""
-    classes = dataset.classes
-    shown = ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
-    return f"{name}: {len(dataset):,} images, {len(classes):,} classes ({shown})"
+    count = len(dataset.classes)
+    shown = ", ".join(dataset.classes[:3]) + (", ..." if count > 3 else "")
+    return f"{name}: {len(dataset):,} images, {count:,} classes ({shown})"
 
 
 def millions(**models):
@@ -624,10 +621,7 @@ class Run:
             files.save_image(self.path / f"preview-{step:07d}.png", image)
 
     def save(self, step, state, about):
-        """Write last.pt, with `about` for its readers, and loss.png; give the last.pt before it a number.
-
-        Raises UserError for weights that are not finite, and writes nothing.
-        """
+        """Write last.pt, with `about` for its readers, and loss.png; UserError for weights with NaN."""
         bad = [f"{name}.{key}" for name, part in state.items() if isinstance(part, torch.nn.Module)
                for key, value in part.state_dict().items() if not value.isfinite().all()]
         if bad:
