@@ -202,13 +202,10 @@ class Source(torch.utils.data.Dataset):
             images = data.list_images(name)
             listed = {file for file in files.read_record(name).get("files", [])
                       if not file.startswith(files.OVERVIEW)}
-            foreign = {os.path.relpath(path, name) for path in images} - listed
-            if len(images) < len(listed):
-                warnings.warn(f"{name}: {len(images)} images, but its record says {len(listed)}: its program "
-                              f"was stopped, or images were removed")
-            elif listed and foreign:
-                warnings.warn(f"{name}: {len(foreign)} images that its record does not list are counted too, "
-                              f"such as {min(foreign)}")
+            found = {os.path.relpath(path, name) for path in images}
+            if listed and found != listed:
+                warnings.warn(f"{name}: of the images in its record {len(listed - found)} are missing, and "
+                              f"{len(found - listed)} that are not in it are counted too")
         else:
             with files.reading(name, "a folder of images or an .npz"), np.load(name) as arrays:
                 if "mu" in arrays and "sigma" in arrays and not num:
@@ -381,7 +378,7 @@ def parse_args():
     add("--workers", type=runs.not_negative, default=min(4, os.cpu_count() or 1),
         help="image decoding processes, for each process that measures; 0: none")
     add("--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
-    add("--save-stats", metavar="OUT.npz", type=runs.output_file("mu"),
+    add("--save-stats", metavar="OUT.npz", type=runs.output_file("protocol"),
         help="file for the samples' statistics, for --ref, pytorch-fid or ADM; without --ref, only that")
     add("--json", metavar="OUT.json", type=runs.output_file("not_measured"),
         help="file for the numbers and their sources")

@@ -153,7 +153,7 @@ def parse_args():
         "autoencoder and class names into one file for --ckpt, to give away")
     runs.add_speed_flags(parser)
     parser.set_defaults(compile=False)  # a minute's wait pays off only for thousands of images
-    add("--npz", type=runs.output_file("arr_0"),
+    add("--npz", type=runs.output_file("program"),
         help="also write all images as arr_0, uint8 [num, H, W, 3], for ADM")
     return parser.parse_args()
 
@@ -254,7 +254,7 @@ def main():
     results = f"{out}/ and {out}/{overview}"
     if args.npz:
         images = np.stack([np.asarray(Image.open(out / name)) for name in names])
-        files.write_atomically(args.npz, lambda file: np.savez(file, arr_0=images))
+        files.write_atomically(args.npz, lambda file: np.savez(file, arr_0=images, program="SVG"))
         results += f" and {args.npz}"
     print(f"{results} in {time.time() - start:.1f} s")
 

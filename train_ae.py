@@ -257,10 +257,10 @@ def main():
     centred = copy.copy(dataset)
     centred.random_crop = False
     preview = preview_images(centred).to(device)
-    batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
 
     # Train.
     stop = run.begin()
+    batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
     while step < args.steps and not stop:
         images, _, corrupt = next(batches)
         run.report_corrupt(dataset, corrupt)

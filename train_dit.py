@@ -103,8 +103,8 @@ def main():
     ae, kept = open_autoencoder(args, device)
     initial = args.ema_decay ** args.steps
     if initial > 0.1:
-        runs.say(f"--ema-decay {args.ema_decay:g}: after {args.steps} steps the averaged weights, which are "
-                 f"sampled, are still {initial:.0%} the initial ones: give a lower decay")
+        runs.say(f"--ema-decay {args.ema_decay:g}: of the averaged weights, by which samples are drawn, "
+                 f"{initial:.0%} will be the initial ones after {args.steps} steps: give a lower decay")
     dataset = data.open_data(args.data, ae.image_size, seed=args.seed)
     classes = dataset.classes
     torch.manual_seed(args.seed)  # every rank starts from the same weights
@@ -161,10 +161,10 @@ def main():
             latents_of = choose_flipped
     preview_labels = torch.arange(16, device=device) % len(classes)
     preview_noise = svg.sample_noise(args.seed, range(16), (ae.grid ** 2, ae.channels)).to(device)
-    batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
 
     # Train.
     stop = run.begin()
+    batches = data.training_batches(dataset, args.batch, args.seed, step, args.workers, device)
     while step < args.steps and not stop:
         images, y, corrupt = next(batches)
         run.report_corrupt(dataset, corrupt)

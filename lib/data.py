@@ -46,20 +46,21 @@ def open_rgb(path):
                 ImageOps.exif_transpose(image, in_place=True)
             if image.mode[0] in "IF":  # more than 8 bits, which convert() would clip
                 image = scale_to_8_bits(np.asarray(image, float))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
             if profile:
                 image = to_srgb(image, profile)
-            return image.convert("RGB")
+            image = image.convert("RGB")
+            return Image.composite(image, Image.new("RGB", image.size, "white"), alpha) if alpha else image
     except Exception as e:  # Pillow's decoders raise nearly everything for damaged files
         raise UserError(f"{path}: not a readable image ({files.short_error(e)})") from e
 
 
 def scale_to_8_bits(values):
-    """Return an image of grey values [H, W] whose white is the least usual one that none exceeds."""
+    """Return an image of grey values [H, W]; white is the least of the usual ones that none exceeds."""
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or infinity")
     low = min(values.min(), 0)
-    white = min(white for white in (1, 255, 4095, 65535, values.max()) if white >= values.max())
+    white = next((white for white in (1, 255, 4095, 65535) if white >= values.max()), values.max())
     return Image.fromarray(((values - low) / (white - low) * 255).round().astype(np.uint8))
 
 
@@ -67,7 +68,9 @@ def to_srgb(image, profile):
     """Convert an image from its ICC profile, in bytes, to sRGB; one that does not fit it is left as it is."""
     with contextlib.suppress(ImageCms.PyCMSError, OSError):
         profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" not in ImageCms.getProfileDescription(profile):
+        if image.mode != "CMYK":
+            image = image.convert(Image.getmodebase(image.mode))  # L or RGB
+        if not ImageCms.getProfileDescription(profile).startswith("sRGB"):
             return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return image
 
@@ -117,19 +120,23 @@ def list_images(folder):
     paths = []
     seen = set()
     errors = []
-    for where, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
-        place = os.stat(where)[1:3]  # inode and device
-        if place in seen:
-            paths.append(where)
-            folders.clear()
-            continue
-        seen.add(place)
-        ours = (files.RECORD, files.OVERVIEW) if files.RECORD in names else ()
-        folders[:] = sorted(name for name in folders if name[0] != "." and name not in ours)
-        paths += [os.path.join(where, name) for name in names if name[0] != "." and name not in ours]
+    starts = [folder]
+    for start in starts:  # and the links that are met, after all real folders
+        for where, folders, names in os.walk(start, onerror=errors.append):
+            place = os.stat(where)[1:3]  # inode and device
+            if place in seen:
+                paths.append(where)
+                folders.clear()
+                continue
+            seen.add(place)
+            ours = (files.RECORD, files.OVERVIEW) if files.RECORD in names else ()
+            folders[:] = sorted(name for name in folders if name[0] != "." and name not in ours)
+            paths += [os.path.join(where, name) for name in names if name[0] != "." and name not in ours]
+            starts += filter(os.path.islink, (os.path.join(where, name) for name in folders))
     if errors:
         raise errors[0]
-    images = sorted(path for path in paths if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES)
+    images = [path for path in paths if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]
+    images.sort(key=lambda path: path.split(os.path.sep))  # class by class, as ImageFolder has them
     if len(images) < len(paths) and runs.rank() == 0:
         others = set(paths) - set(images)
         warnings.warn(f"{folder}: {len(others)} files that are no images, or links back, are left out, such "
@@ -154,7 +161,7 @@ class ImageFolder(torch.utils.data.Dataset):
         self.seed = seed
         start = len(os.path.join(root, ""))
         below = [path[start:].split(os.path.sep) for path in list_images(root)]
-        nested = sorted((parts for parts in below if len(parts) > 1), key=lambda parts: parts[0])  # stable
+        nested = [parts for parts in below if len(parts) > 1]
         self.classes = sorted({parts[0] for parts in nested})
         if flat or not nested:
             self.classes = [os.path.basename(os.path.realpath(root))]
@@ -248,11 +255,8 @@ def dataset_identity(dataset):
 # -- Batches -----------------------------------------------------------------------------------------------
 
 def prepare_loader(_):
-    """Keep a loading process alive while its run finishes a step and saves, and no longer than it works.
-
-    torchrun and clusters send their signals to every process. A batch that cannot be sent, for lack of shared
-    memory, would be dropped, and the run would wait for it.
-    """
+    """Keep a loading process alive, whatever signals reach it, while its run finishes a step and saves."""
+    # Without shared memory a batch would be dropped, and the run would wait for it.
     multiprocessing.queues.Queue._on_queue_feeder_error = lambda *_: os._exit(1)
     os.setsid()
     for signal_number in runs.STOP_SIGNALS:
@@ -270,7 +274,7 @@ def kill_loaders():
 def batches_of(dataset, items, workers, pin=False):
     """Return a DataLoader of the batches whose items the lists in `items` name."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if workers and 0 <= limit < 64 + 16 * workers:  # each batch on its way holds some; torch would hang
+    if workers and 0 <= limit < 32 + 6 * workers:  # batches on their way hold some; torch would hang
         raise UserError(f"--workers {workers}: {limit} open files are too few: raise it (ulimit -n 65536)")
     multiprocessing.util.Finalize(None, kill_loaders, exitpriority=0)  # when this program ends, however
     return torch.utils.data.DataLoader(
@@ -395,8 +399,7 @@ def write_images(path, dataset, workers):
         np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
         for _, images, _, corrupt in in_batches(dataset, range(len(dataset)), 64, workers, "packing"):
-            with files.writing(path):
-                file.write(images[corrupt < 0].numpy().tobytes())
+            file.write(images[corrupt < 0].numpy().tobytes())
             left_out += corrupt[corrupt >= 0].tolist()
         # Their number is known now; NumPy's headers leave room for any.
         header["shape"] = (len(dataset) - len(left_out), *header["shape"][1:])

@@ -39,44 +39,36 @@ def reading(path, what):
     except Exception as e:  # a damaged file fails in any of torch's, zipfile's, pickle's and JSON's ways
         if "SVG_DEBUG" in os.environ:  # or this would hide a mistake of ours
             raise
-        again = "; remove it, to download it again" if Path(path).name in DOWNLOADS else ""
-        raise UserError(f"{path}: not {what} ({short_error(e)}): damaged, or another kind of file?"
-                        f"{again}") from e
+        hint = "; remove it, to download it again" if Path(path).name in DOWNLOADS else ""
+        raise UserError(f"{path}: not {what} ({short_error(e)}): damaged, or another kind?{hint}") from e
 
 
 # -- Writing -----------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def writing(path):
-    """What fails while a file is written becomes one line that names it."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        # Of torch.save's errors none names the cause.
-        reason = getattr(e, "strerror", None) or f"no space left, or a limit on file sizes: {short_error(e)}"
-        raise UserError(f"{path}: not written ({reason}): make room, or give another place; a previous file "
-                        f"of that name is intact") from e
-
-
-def write_atomically(path, write, sync=True):
-    """Call write(file) on a temporary file beside `path` and rename it to `path`.
+def write_atomically(path, write, sync=True, before=lambda: None):
+    """Call write(file) on a temporary file beside `path`, then before(), and rename the file to `path`.
 
     sync: first wait for the disk, so that even a power cut leaves the old file or the new one. Raises
     UserError if that fails; a file that was there before is then intact.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
+    try:
         temporary.unlink(missing_ok=True)  # what a kill has left; a link is not followed
-        try:
-            with open(temporary, "xb") as file:
-                write(file)
-                file.flush()
-                if sync:
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
+            write(file)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        before()
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        # Of torch.save's errors none names the cause.
+        reason = getattr(e, "strerror", None) or f"no space left, or a limit on file sizes: {short_error(e)}"
+        raise UserError(f"{path}: not written ({reason}): make room, or give another place; a previous file "
+                        f"of that name is intact") from e
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path, value):
@@ -85,9 +77,9 @@ def write_json(path, value):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def save_checkpoint(path, checkpoint):
-    """Write a checkpoint atomically, by torch.save."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+def save_checkpoint(path, checkpoint, **settings):
+    """Write a checkpoint atomically, by torch.save; settings: of write_atomically."""
+    write_atomically(path, lambda file: torch.save(checkpoint, file), **settings)
 
 
 def save_image(path, image):
@@ -194,7 +186,9 @@ OVERVIEW = "overview"  # a folder therein, of pictures that show some of the oth
 def read_record(folder):
     """Return the settings and files (a list) of an output folder; {} if it is none of ours."""
     record = read_json(Path(folder, RECORD))
-    return record if record.get("program") == "SVG" else {}
+    names = record.get("files")
+    whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return record if record.get("program") == "SVG" and whole else {}
 
 
 # -- Pretrained files --------------------------------------------------------------------------------------

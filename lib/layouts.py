@@ -77,9 +77,12 @@ def official_names(weights):
     for name, plain, in_gated in (("up_proj", "fc1", "w2"), ("down_proj", "fc2", "w3"), ("fc2", "fc2", "w3")):
         for key in list(out):
             out[key.replace(f".mlp.{name}.", f".mlp.{in_gated if gated else plain}.")] = out.pop(key)
+    # DINOv3, which has rotary positions, has no bias of keys, or in timm's files of none of the three.
+    biased = any(re.search(r"\.attn\.(q|v|qkv)\.bias$", key) for key in out)
+    zeros = "" if "pos_embed" in out else "k" if biased else "qkv"
     for key in list(out):
         if key.endswith(".norm1.weight"):
-            _join_qkv(out, key.replace("norm1.weight", "attn."))
+            _join_qkv(out, key.replace("norm1.weight", "attn."), zeros)
     if "pos_embed" in out and "cls_token" in out:
         count = out["pos_embed"].shape[1]
         if math.isqrt(count) ** 2 == count:  # timm's, which has added the position of CLS to its token
@@ -87,14 +90,16 @@ def official_names(weights):
     return out
 
 
-def _join_qkv(weights, prefix):
-    """Join query, key and value of one block, in place; biases that files of DINOv3 leave out are 0."""
+def _join_qkv(weights, prefix, zeros):
+    """Join query, key and value of one block, in place; zeros: of which a bias that lacks is 0."""
     if f"{prefix}q.weight" in weights:
         weights[f"{prefix}qkv.weight"] = torch.cat([weights.pop(f"{prefix}{i}.weight") for i in "qkv"])
     name = f"{prefix}qkv.bias"
-    if name not in weights and (f"{prefix}q.bias" in weights or "pos_embed" not in weights):
-        none = torch.zeros_like(weights[f"{prefix}proj.bias"])
-        weights[name] = torch.cat([weights.pop(f"{prefix}{i}.bias", none) for i in "qkv"])
+    if name not in weights:
+        for i in zeros:
+            weights.setdefault(f"{prefix}{i}.bias", torch.zeros_like(weights[f"{prefix}proj.bias"]))
+        if all(f"{prefix}{i}.bias" in weights for i in "qkv"):
+            weights[name] = torch.cat([weights.pop(f"{prefix}{i}.bias") for i in "qkv"])
     if weights.pop(f"{name}_mask", None) is not None:  # DINOv3 multiplies the key third by 0
         q, k, v = weights[name].chunk(3)
         weights[name] = torch.cat([q, torch.zeros_like(k), v])

@@ -197,7 +197,7 @@ def output_file(entry):
     """Return an argparse type: a path at which to write, free or of a file that has an entry of this name."""
     def output_file(text):
         folder = Path(text).absolute().parent
-        if os.path.lexists(text) and not files.has_entry(text, entry):
+        if os.path.lexists(text) and not (os.path.isfile(text) and files.has_entry(text, entry)):
             raise argparse.ArgumentTypeError(f"'{text}' exists and is no earlier output: give another name")
         if not os.access(folder, os.W_OK):
             raise argparse.ArgumentTypeError(f"'{text}': there is no folder {folder} to write in")
@@ -358,9 +358,8 @@ def say_start(device, precision, *parts):
 
 def describe(dataset, name):
     """Return "photos: 1,000 images, 20 classes (arch, bear, ...)"."""
-    count = len(dataset.classes)
-    shown = ", ".join(dataset.classes[:3]) + (", ..." if count > 3 else "")
-    return f"{name}: {len(dataset):,} images, {count:,} classes ({shown})"
+    shown = ", ".join([*dataset.classes[:3], "..."][:len(dataset.classes)])
+    return f"{name}: {len(dataset):,} images, {len(dataset.classes):,} classes ({shown})"
 
 
 def millions(**models):
@@ -439,6 +438,7 @@ def claim_folder(args, names, models):
 FREE_FLAGS = {"steps", "workers", "log_every", "save_every", "preview_every", "name", "weights", "data", "ae",
               "encoder", "compile", "recompute", "cache"}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # sent by clusters, people, SLURM
+NUMBERED = re.compile(r"\d{7,}\.pt")  # a checkpoint under the number of its step
 MAX_SKIPPED = 20  # steps in a row without a finite gradient after which training stops
 
 
@@ -478,24 +478,26 @@ class Run:
         self.corrupt = set()
         self.signal = 0
         config = {"stage": stage, **vars(args), "trained_on": trained_on, **facts}
-        config = json.loads(json.dumps(config, default=str))
-        self.check_folder(config)
+        self.config = json.loads(json.dumps(config, default=str))
+        self.check_folder()
         barrier()
         if rank() == 0:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock_folder()
-            self.check_folder(config)  # another start may have come first
+            self.check_folder()  # another start may have come first
             for leftover in self.path.glob(".*.[0-9]*.tmp"):  # of a process that was killed while it saved
                 leftover.unlink()
-            files.write_json(self.path / "config.json", config)
 
-    def check_folder(self, config):
+    def check_folder(self):
         """Raise UserError if the folder holds another run or something else."""
         before = files.read_json(self.path / "config.json")
         names = {path.name for path in self.path.glob("[!.]*")}
         if not {"stage", "trained_on"} <= before.keys() and names - {"last.pt", "autoencoder.pt"}:
             raise UserError(f"{self.path} is not empty and holds no run; give another --name")
-        changed = [f"{name} {value} (was {before[name]})" for name, value in config.items()
+        if not self.last.exists() and any(NUMBERED.fullmatch(name) for name in names):
+            raise UserError(f"{self.path} has checkpoints but no last.pt: copy one of them to last.pt to go "
+                            f"on from it, or give another --name")
+        changed = [f"{name} {value} (was {before[name]})" for name, value in self.config.items()
                    if name not in FREE_FLAGS and before.get(name, value) != value]
         if changed and self.last.exists():
             raise UserError(f"{self.path} holds a different run: {'; '.join(changed)}; give the same flags "
@@ -534,7 +536,8 @@ class Run:
             raise UserError(f"{self.last} is not the same for every process: runs/ must lie on a shared disk")
         self.saved = step  # of last.pt
         log = self.path / "log.jsonl"
-        if rank() == 0 and log.exists():
+        if rank() == 0:
+            files.write_json(self.path / "config.json", self.config)
             kept = [json.dumps(entry) + "\n" for entry in read_log(log) if entry["step"] <= step]
             files.write_atomically(log, lambda file: file.write("".join(kept).encode()))
         barrier()
@@ -611,8 +614,7 @@ class Run:
             f"{peak_gib(device):.1f} GiB")
         entry = {"step": step, **entry, "skipped": skipped, "images_per_second": round(rate, 2),
                  "seconds": round(time.time() - self.start, 1), "corrupt": corrupt}
-        log = self.path / "log.jsonl"
-        with files.writing(log), open(log, "a") as file:
+        with open(self.path / "log.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
 
     def picture(self, step, image):
@@ -627,28 +629,28 @@ class Run:
         if bad:
             raise self.diverged(f"{len(bad)} tensors are not finite at step {step}, such as {bad[-1]}")
         if rank() == 0:
-            if self.last.exists():
-                self.number_last()
+            checkpoint = {**about, "step": step, "trained_on": self.trained_on,
+                          **{name: part.state_dict() for name, part in state.items()}}
+            files.save_checkpoint(self.last, checkpoint, before=self.number_last)
             self.saved = step
-            files.save_checkpoint(self.last, {
-                **about, "step": step, "trained_on": self.trained_on,
-                **{name: part.state_dict() for name, part in state.items()}})
             curve = figures.loss_curve(read_log(self.path / "log.jsonl"), f"{self.path}: loss by step")
             if curve:
                 files.save_image(self.path / "loss.png", curve)
         barrier()
 
     def number_last(self):
-        """Keep last.pt under the number of its step, and drop those before it that are no milestones."""
+        """Give last.pt, which is about to be replaced, a number; drop older ones that are no milestones."""
+        if not self.last.exists():
+            return
         numbered = self.path / f"{self.saved:07d}.pt"
         numbered.unlink(missing_ok=True)
         try:
             os.link(self.last, numbered)
         except OSError:  # a file system without hard links
             shutil.copyfile(self.last, numbered)
-        for path in self.path.glob("[0-9]*.pt"):
-            number = int(path.stem) if path.stem.isdecimal() else math.inf
-            if number < self.saved and number % self.args.milestone_every and path.name == f"{number:07d}.pt":
+        for path in self.path.glob("*.pt"):
+            number = int(path.stem) if NUMBERED.fullmatch(path.name) else self.saved
+            if number < self.saved and number % self.args.milestone_every:
                 path.unlink()
 
     def end(self, step):

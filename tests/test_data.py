@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 import svg
-from lib import data, shapes
+from lib import data, files, shapes
 from tests.helpers import REAL_DATA, Case, ok, run, write_pictures
 
 
@@ -37,6 +37,13 @@ class Data(Case):
                 self.assertEqual((image.mode, image.size), ("RGB", (60, 40)))
                 difference = np.asarray(image) - np.asarray(expected.convert("RGB"), int)
                 self.assertLess(np.abs(difference).mean(), 4)
+        for values, expected in ((np.uint16([[0, 25700]]), [0, 100]), (np.uint16([[0, 2730]]), [0, 170]),
+                                 (np.float32([[0.4, -0.5]]), [153, 0]), (np.uint16([[0, 0]]), [0, 0])):
+            Image.fromarray(values).save("x.tif")
+            self.assertEqual(np.asarray(data.open_rgb("x.tif"))[0, :, 0].tolist(), expected)
+        Image.fromarray(np.float32([[0, np.nan]])).save("x.tif")
+        with self.assertRaisesRegex(files.UserError, "x.tif: not a readable image .*NaN"):
+            data.open_rgb("x.tif")
 
     def test_what_stands_beside_the_pixels_is_heeded_and_does_not_spoil_them(self):
         pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
@@ -94,13 +101,15 @@ class Data(Case):
             dataset = data.open_data("tree", 32)
         self.assertEqual((dataset.classes, dataset.labels.tolist()), (["B", "a", "a-b"], [0, 1, 1, 2]))
         self.assertEqual([dataset.name(i) for i in range(len(dataset))], [f"tree/{path}" for path in shown])
-        self.assertEqual(data.list_images("tree"), sorted(f"tree/{path}" for path in (*shown, "loose.png")))
+        self.assertEqual(data.list_images("tree"), [f"tree/{path}" for path in (*shown, "loose.png")])
         os.symlink(".", "tree/latest")  # and others in a circle
         os.symlink("..", "tree/a/up")
+        os.symlink("../a-b", "tree/B/other")  # does not take the class's images
         Path("tree/a/dataset.json").touch()
         os.rename("tree/B/0.png", "tree/B/0.JFIF")
-        with self.assertWarnsRegex(UserWarning, "tree: 3 files .* left out, such as tree/a/dataset.json"):
+        with self.assertWarnsRegex(UserWarning, "tree: 4 files .* left out, such as tree/B/other"):
             self.assertEqual(len(data.list_images("tree")), 5)
+            self.assertEqual(data.open_data("tree", 32).classes, ["B", "a", "a-b"])
         with mock.patch("os.scandir", side_effect=PermissionError(13, "Permission denied", "tree/a")):
             self.refused(f"train_ae {REAL_DATA} --data tree --steps 1", "tree/a: Permission denied")
 

@@ -132,7 +132,8 @@ REFUSED = [
     (f"fid text.npz {TO_GOOD}", "text.npz: not a folder of images or an .npz"),
     (f"fid eight.npz {TO_GOOD}", "eight.npz", "good", "other features"),
     (f"fid eight.npz --num 3 {TO_GOOD}", "eight.npz: 0 images", "at least 3"),
-    (f"fid eight.npz --save-stats ./good/../eight.npz {TO_GOOD}", "eight.npz is measured"),
+    (f"fid eight.npz --save-stats eight.npz {TO_GOOD}", "'eight.npz' exists and is no earlier output"),
+    (f"fid own.npz --save-stats ./good/../own.npz {TO_GOOD}", "own.npz is measured"),
     ("fid good --ref nowhere.npz --demo", "nowhere.npz"),
     # Flags.
     ("fid good --demo --protocol pytorch-fid", "--protocol", "--demo"),
@@ -224,8 +225,8 @@ class Command(Case):
         self.assertEqual(drawn.mock_calls, 3 * [mock.call("shapes://val", 1000)])
         self.assertEqual((found["num"], found["reference"], found["err"]), (4, "shapes://val", ""))
         self.assertLess(found["FD-demo-encoder"], 1e-6)  # the same pictures
-        self.assertIn("samples: 3 images, but its record says 4", one_missing)
-        self.assertRegex(foreign, "samples: 2 images that its record does not list .* such as more/")
+        self.assertIn("samples: of the images in its record 1 are missing, and 0 that are not", one_missing)
+        self.assertIn("samples: of the images in its record 1 are missing, and 2 that are not", foreign)
 
     def test_arrays_are_cropped_as_folders_are_and_stay_on_the_disk(self):
         write_pictures("a", 5)
@@ -256,6 +257,7 @@ class Command(Case):
         Path("bad/a/1.png").write_bytes(Path("bad/a/0.png").read_bytes()[:100])
         np.savez("half.npz", mu=np.zeros(8))
         np.savez("eight.npz", mu=np.zeros(8), sigma=np.eye(8))
+        np.savez("own.npz", mu=np.zeros(8), sigma=np.eye(8), protocol="ours")
         np.savez("float.npz", arr_0=np.zeros((4, 8, 8, 3)))
         Path("text.npz").write_text("not an archive")
         self.refuse_all(REFUSED)

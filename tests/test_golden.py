@@ -122,6 +122,9 @@ class Encoders(Case):
         encoders = [svg.encoder_from_weights(file, "x.pth") for file in (
             official, timm, extra, {"model": other, "teacher": wrapped}, {"state_dict": wrapped, "epoch": 3})]
         self.assertEqual(len({encoder.fingerprint for encoder in encoders}), 1)
+        for file, lacks in ((official, "blocks.3.attn.qkv.bias"), (timm, "blocks.3.attn.q_bias")):
+            with self.assertRaisesRegex(UserError, "x.pth: .*blocks.3.attn.qkv.bias"):
+                svg.encoder_from_weights({k: v for k, v in file.items() if k != lacks}, "x.pth")
 
     def test_a_larger_dinov2_is_known_by_its_shapes(self):
         with torch.device("meta"):

@@ -113,12 +113,13 @@ DO_NOT_BELONG_TOGETHER = [
     ("edit redraw good/a/0.png --box 0,0,9,9 --class 1 --out good", "--out good holds a"),
     ("sample --steps 2 --out repository", "repository holds .git"),
     ("sample --steps 2 --out linked --overwrite", "linked holds overview"),
+    ("sample --steps 2 --out torn --overwrite", "torn holds record.json"),
     ("sample --steps 2 --out new --npz new/x.npz", "no folder"),
     ("data pack good foreign", ".foreign.part", "remove it"),
     (NEW_AE + " --name locked", "runs/locked/.lock", "symbolic links"),
     *[(f"{NEW_AE} --name {name}", f"runs/{name}", "holds no run") for name in ("foreign", "other")],
     *[(f"{program} {path}", path, "no earlier output") for program, *paths in (
-        ("sample --steps 2 --npz", "good/a/0.png", "stats.npz", "runs/demo-dit/last.pt"),
+        ("sample --steps 2 --npz", "good/a/0.png", "arr_0.npz", "runs/demo-dit/last.pt"),
         ("sample --export", "good/a/0.png", "runs/demo-dit/last.pt"), ("fid good --demo --json", "trip.json"),
         ("fid good --demo --save-stats", "good/a/0.png", "text.pt")) for path in paths],
 ]
@@ -133,6 +134,7 @@ TEXTS = {
     "trip.json": "{}",  # beside a folder, and none of its files
     "repository/.git/config": "precious",
     ".foreign.part/images.npy": "precious",
+    "torn/record.json": RECORD % "null",
     "linked/record.json": RECORD % '["000000.png", "overview/samples.png"]',
     "ours/record.json": RECORD % '["000000.png", "../album/0.png"]',
 }
@@ -158,6 +160,7 @@ def write_files():
     whole = bytearray(Path("bit.pt").read_bytes())
     whole[2000] ^= 4  # among the numbers
     Path("bit.pt").write_bytes(whole)
+    np.savez("arr_0.npz", np.zeros(5))
     np.savez("stats.npz", mean=np.zeros(5), std=np.ones(5))
     np.savez("zero-std.npz", mean=np.zeros(72), std=np.zeros(72))
     for damage, count, labels in (("labels", 2, [0, 1]), ("none", 0, []), ("half", 1, [0, 0])):

@@ -84,7 +84,8 @@ class Commands(Case):
             for number in signals:
                 with self.subTest(command, number=number):
                     shutil.copytree("runs/halves", "runs/stopped", dirs_exist_ok=True)
-                    os.remove("runs/stopped/last.pt")  # as if stopped before the first checkpoint
+                    for path in Path("runs/stopped").glob("*.pt"):
+                        path.unlink()  # as if stopped before the first checkpoint
                     with in_step(2, functools.partial(signal.raise_signal, number)):
                         self.assertEqual(train("stopped", command, 3)["step"], 2)
                     with open("runs/stopped/log.jsonl", "a") as f:
@@ -312,12 +313,13 @@ class Training(Case):
         command = dit() + " --name mended --steps 5 --lr 0.001"
         self.assertIn("resuming runs/mended at step 4", ok(command))
         self.assertEqual(last("mended")["opt"]["param_groups"][0]["lr"], 0.001)
+        os.makedirs("runs/copied")
+        shutil.copy("runs/bad/last.pt", "runs/copied")
+        command = command.replace("mended", "copied")
         for other, words in ((command.replace("--model 2", "--model 1"), "Unexpected key(s) in state_dict"),
-                             (MINI_AE + " --name mended", "not of this stage")):
-            shutil.rmtree("runs/mended")
-            os.makedirs("runs/mended")
-            shutil.copy("runs/bad/last.pt", "runs/mended")
+                             (MINI_AE + " --name copied", "not of this stage")):
             self.stops(other, words)
+        ok(command)  # nothing remembers the wrong ones
 
     def test_images_that_are_not_finite_and_too_high_a_rate_spoil_no_checkpoint(self):
         real, spoiled = data.to_float, []
@@ -402,8 +404,8 @@ class Training(Case):
             self.assertIn(words, err)
         with mock.patch.dict(os.environ, WORLD_SIZE="2"):
             self.stops(dit(), "RANK")
-        with mock.patch("resource.getrlimit", lambda _: (100, 100)):
-            self.stops(dit() + " --workers 8", "--workers 8: 100 open files are too few")
+        with mock.patch("resource.getrlimit", lambda _: (60, 60)):
+            self.stops(dit() + " --workers 8", "--workers 8: 60 open files are too few")
 
     def test_a_killed_save_leaves_the_checkpoint_before_it(self):
         svg.save_checkpoint("last.pt", {"step": 1})
@@ -433,6 +435,8 @@ class Training(Case):
         torch.save(checkpoint, "runs/new/last.pt")
         ok(command, 5, "--save-every", 1)
         self.assertTrue(all(path.exists() for path in mine))
+        os.remove("runs/new/last.pt")
+        self.stops(command + " 5", "runs/new has checkpoints but no last.pt")
 
     def test_stage_2_measures_latents_once_and_resumes_with_them(self):
         ae = files.load_checkpoint(trained() / "runs/demo-ae/last.pt")
@@ -460,12 +464,12 @@ class Training(Case):
         out = ok(command + " --steps 7 --log-every 5 --milestone-every 3")
         self.assertIn("autoencoder runs/demo-ae/last.pt, step 4, fingerprint", out)
         self.assertRegex(out, r"cpu, \d+ threads, fp32 \| shapes://train: 20,000 images, 10 classes \(arrow, "
-                              r"cross, disc, ...\) \| SiT .*M, autoencoder .*M parameters \| writes runs/demo-")
+                              r"cross, disc, ...\) \| SiT .*M, autoencoder .*M parameters \| writes runs/dem")
         self.assertEqual(re.findall("^step (.*?) ", out, re.MULTILINE), ["5/7", "7/7"])
         self.assertEqual(logged("demo-dit"), [5, 7])
         self.assertEqual(sorted(p.name for p in Path("runs/demo-dit").glob("[0-9]*.pt")),
                          [f"000000{i}.pt" for i in (3, 6)])
-        self.assertRegex(out, "--ema-decay 0.8: after 7 steps .* are still 21% the initial ones")
+        self.assertRegex(out, "--ema-decay 0.8: of .* 21% will be the initial ones after 7 steps")
         self.stops(command + " --steps 8", "milestone_every 50000 (was 3)")
 
         # Back to an older checkpoint.
@@ -500,6 +504,7 @@ class Training(Case):
         self.assertEqual((process.returncode, err.count("\n")), (2, 1), err)
         self.assertRegex(err, r"runs/full/last\.pt: not written .*intact")
         self.assert_same(before, last("full"))
+        self.assertEqual(os.stat("runs/full/last.pt").st_nlink, 1)  # nor would a copy to it change another
         self.assertEqual(list(Path("runs/full").glob(".*.tmp")), [])
 
     def test_bench_needs_nothing_and_writes_nothing(self):
