@@ -31,7 +31,7 @@ from lib.files import UserError
 
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows them, but needs other programs
 IMAGE_SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items()
-                  if kind in Image.OPEN and kind not in NOT_DECODED}
+                  if kind in {*Image.OPEN, "MPO"} - NOT_DECODED}  # MPO is opened as a JPEG
 Image.MAX_IMAGE_PIXELS = 2**29  # a picture of twice as many is refused: Pillow's limits are for servers
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26
 

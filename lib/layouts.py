@@ -91,7 +91,7 @@ def official_names(weights):
 
 
 def _join_qkv(weights, prefix, zeros):
-    """Join query, key and value of one block, in place; zeros: of which a bias that lacks is 0."""
+    """Join query, key and value of one block, in place; zeros: of which a missing bias is 0."""
     if f"{prefix}q.weight" in weights:
         weights[f"{prefix}qkv.weight"] = torch.cat([weights.pop(f"{prefix}{i}.weight") for i in "qkv"])
     name = f"{prefix}qkv.bias"
