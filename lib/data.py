@@ -265,7 +265,6 @@ def prepare_loader(_):
 
 def kill_loaders():
     """Kill the loading processes, which ignore the signal by which Python would end them, and then wait."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes it for an accident
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

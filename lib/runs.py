@@ -100,11 +100,11 @@ def fetch_weights(name, weights_dir=None):
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = {  # a pattern in what torch or the system says: what to do
     "Too many open files|items of ancdata": "raise the limit (ulimit -n 65536), or give fewer --workers",
-    r"DataLoader worker \(pid|shared memory|/torch_":
+    r"DataLoader worker \(pid|Connection(Reset|Refused)Error|EOFError|shared memory|/torch_":
         "a loading process was killed, or lacked shared memory (docker run --shm-size=16g): fewer --workers",
     r"C(\+\+)? compiler|working triton": "no compiler: install g++, on a GPU Triton, or give --no-compile",
     "environment variable .* expected": "WORLD_SIZE is set without it: start by torchrun, or unset it",
-    "out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)":
+    "MemoryError|out of memory|allocate memory|bad_alloc|could not create a (memory|primitive)":
         "out of memory: give a smaller --batch; training also takes --accumulate N (in N parts), --recompute"}
 
 
@@ -120,6 +120,7 @@ def run_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as e:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise another error
         message = error_line(e)
         if message is None or "SVG_DEBUG" in os.environ:
             raise
@@ -132,7 +133,7 @@ def error_line(error):
     if isinstance(error, UserError):
         # A loading process wraps an error into its traceback, of which the message is the end.
         return str(error).strip().split("UserError: ")[-1]
-    text = "out of memory" if isinstance(error, MemoryError) else str(error)
+    text = f"{type(error).__name__}: {error}"
     for pattern, remedy in REMEDIES.items():
         if re.search(pattern, text):
             return f"{remedy} ({files.short_error(error)})"
