@@ -100,7 +100,7 @@ def fetch_weights(name, weights_dir=None):
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REMEDIES = {  # a pattern in what torch or the system says: what to do
     "Too many open files|items of ancdata": "raise the limit (ulimit -n 65536), or give fewer --workers",
-    r"DataLoader worker \(pid|Connection(Reset|Refused)Error|EOFError|shared memory|/torch_":
+    r"DataLoader worker \(pid|Connection(Reset|Refused)Error|EOFError|</torch_":
         "a loading process was killed, or lacked shared memory (docker run --shm-size=16g): fewer --workers",
     r"C(\+\+)? compiler|working triton": "no compiler: install g++, on a GPU Triton, or give --no-compile",
     "environment variable .* expected": "WORLD_SIZE is set without it: start by torchrun, or unset it",

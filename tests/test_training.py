@@ -327,10 +327,10 @@ class Training(Case):
         def spoil(images, device):
             return real(images, device) * (spoiled.pop() if spoiled else 1)
 
-        command = SMALL_AE + " --disc-start 1 --steps 3 --name"
         def spoil_step():
             spoiled[:] = [math.nan]
 
+        command = SMALL_AE + " --disc-start 1 --steps 3 --name"
         patches = contextlib.ExitStack()
         for patch in (mock.patch("lib.data.to_float", spoil), in_step(2, spoil_step)):
             patches.enter_context(patch)
