@@ -23,9 +23,6 @@ from lib.files import UserError
 
 # -- Flags and models, also for editing and probes ---------------------------------------------------------
 
-SAMPLERS = {"euler": svg.euler_sample, "heun": svg.heun_sample}
-
-
 def add_model_flags(add):
     """Add the flags that find_models reads."""
     add("--demo", action="store_true", help="only look at --demo runs, not at others, before taking demo.pt")
@@ -48,7 +45,7 @@ def add_flow_flags(add, steps, shift):
 
 def add_sampler_flags(add):
     """Add --sampler, which images_of reads, and --no-zero-init, which flow_settings reads too."""
-    add("--sampler", choices=SAMPLERS, default="euler",
+    add("--sampler", choices=svg.SAMPLERS, default="euler",
         help="Heun: second order, two evaluations a step (EDM, arXiv 2206.00364)")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
 
@@ -69,13 +66,15 @@ def describe_sampler(args):
 
 def evaluations(args):
     """Return how often a sample evaluates the network (NFE); a guided velocity takes two evaluations."""
-    times = svg.euler_times(args.steps, args.shift)
-    guided = [svg.is_guided(t, args.guidance, args.guidance_interval) for t in times]
-    first = 1 if args.zero_init and args.steps > 1 and guided[0] else 0
-    evaluated = guided[first:-1]
-    if args.sampler == "heun":
-        evaluated += guided[first + 1:]
-    return len(evaluated) + sum(evaluated)
+    counted = []
+
+    def velocity(x, t, y):
+        counted.append(len(x))
+        return x
+
+    velocity.num_classes = 0
+    svg.SAMPLERS[args.sampler](velocity, torch.zeros(1, 1, 1), torch.tensor([0]), **flow_settings(args))
+    return sum(counted)
 
 
 def newest_run(stage, args):
@@ -182,7 +181,7 @@ def label_of(i, numbers, args):
 def images_of(sit, ae, noise, y, args):
     """Return uint8 images [B, H, W, 3] of noise [B, N, C] and labels y [B]."""
     with torch.no_grad(), runs.autocast(noise.device, args.precision):
-        latents = SAMPLERS[args.sampler](sit, noise, y, **flow_settings(args))
+        latents = svg.SAMPLERS[args.sampler](sit, noise, y, **flow_settings(args))
         return data.to_pictures(ae.decode(sit.denormalize(latents)))
 
 

@@ -306,7 +306,7 @@ def encoder_from_weights(weights, path, name=None):
 # -- Tokens -> latent: the residual gets the features' scale -----------------------------------------------
 
 def channel_statistics(x, synchronise=False):
-    """Return mean and std of tokens x [B, N, C]: per channel over batch and tokens, then averaged; detached.
+    """Return mean and std [2, C] of tokens x [B, N, C], per channel over batch and tokens; detached.
 
     synchronise: over the batches of all ranks (of equal size), as if they were one batch.
     """
@@ -320,11 +320,16 @@ def channel_statistics(x, synchronise=False):
         mean, square = all_reduce(moments)
         var = (square - mean.square()).float()
         mean = mean.float()
-    return mean.mean(), (var * n / max(n - 1, 1)).sqrt().mean()
+    return torch.stack([mean, (var * n / max(n - 1, 1)).sqrt()])
 
 
-def match_distribution(residual, feature_mean, feature_std, residual_mean, residual_std):
-    """Give the residual [B, N, 8] the features' mean and std (section 3.3); all statistics are scalars."""
+def match_distribution(residual, feature_statistics, residual_statistics):
+    """Give the residual [B, N, 8] the features' mean and std (section 3.3).
+
+    Statistics: mean and std of each channel, [2, D] and [2, 8]; their averages over channels count.
+    """
+    feature_mean, feature_std = feature_statistics.mean(1)
+    residual_mean, residual_std = residual_statistics.mean(1)
     return (residual - residual_mean) / (residual_std + 1e-6) * feature_std + feature_mean
 
 
@@ -385,8 +390,8 @@ class Autoencoder(nn.Module):
                                                nn.Linear(dim, residual_channels))
             self.mask_token = nn.Parameter(torch.randn(residual_channels) * 0.02)
         self.decoder = Decoder(self.channels, **decoder)
-        # Alignment statistics: mean and std of the features, mean and std of the residual.
-        self.register_buffer("alignment", torch.tensor([0.0, 1.0, 0.0, 1.0]))
+        # Alignment statistics: mean and std of each channel of the features and of the residual before it.
+        self.register_buffer("alignment", torch.tensor([[0.0], [1.0]]).repeat(1, self.channels))
         self.register_buffer("alignment_batches", torch.tensor(0))
         self.to(memory_format=torch.channels_last)
 
@@ -413,7 +418,8 @@ class Autoencoder(nn.Module):
         if self.training:
             residual = self.mask(residual, masked)
         if statistics is not None:  # None: the ablation of table 4
-            residual = match_distribution(residual, *statistics)
+            parts = statistics.split([self.feature_channels, residual.shape[-1]], 1)
+            residual = match_distribution(residual, *parts)
         return torch.cat([features, residual], -1)
 
     def feature_tokens(self, images):
@@ -426,13 +432,13 @@ class Autoencoder(nn.Module):
         return self.residual_head(tokens[:, 1:]).float()
 
     def alignment_statistics(self, features, residual):
-        """Return the four scalars that match_distribution takes, or None if the residual is not aligned."""
+        """Return mean and std [2, C] of each channel before alignment, or None if there is no alignment."""
         if self.config["align"] == "none":
             return None
         if self.has_statistics and not self.training:
             return self.alignment
-        statistics = torch.stack([*channel_statistics(features, self.training),
-                                  *channel_statistics(residual, self.training)])
+        both = torch.cat([features, residual], -1)
+        statistics = channel_statistics(both, self.training)
         if self.training:
             # A batch that is not finite is skipped, here as by the optimiser.
             finite = statistics.isfinite().all()
@@ -449,12 +455,8 @@ class Autoencoder(nn.Module):
         """
         self.eval()
         if self.aligning:
-            mean, std = token_statistics(
-                (torch.cat([self.feature_tokens(x), self.residual_tokens(x)], -1) for x in batches),
-                self.channels)
-            d = self.feature_channels
-            statistics = [mean[:d].mean(), std[:d].mean(), mean[d:].mean(), std[d:].mean()]
-            self.alignment.copy_(torch.stack(statistics))
+            both = (torch.cat([self.feature_tokens(x), self.residual_tokens(x)], -1) for x in batches)
+            self.alignment.copy_(torch.stack(token_statistics(both, self.channels)))
             self.alignment_batches.fill_(1)
             self.has_statistics = True
 
@@ -774,6 +776,9 @@ def heun_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True
         v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, guidance, guidance_interval)
         x = x + (t_next - t) * (v + v_next) / 2
     return x
+
+
+SAMPLERS = {"euler": euler_sample, "heun": heun_sample}
 
 
 def sample_noise(seed, indices, shape):

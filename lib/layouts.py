@@ -142,7 +142,7 @@ def authors_autoencoder(weights):
         part, _, rest = key.partition(".")
         parts.setdefault(part, {})[rest] = value
     own = {"mask_token": weights["mask_token"].flatten(),
-           "alignment": torch.tensor([0.0, 1.0, 0.0, 1.0]), "alignment_batches": torch.tensor(0)}  # none
+           "alignment": torch.zeros(2, 392), "alignment_batches": torch.tensor(0)}  # none
     for key, value in official_names(parts["extra_vit"]).items():
         own[f"residual.{key}".replace("residual.heads.", "residual_head.")] = value
     own |= {f"decoder.{key}": value for key, value in parts["decoder"].items()}
