@@ -136,7 +136,8 @@ class ViT(nn.Module):
 
     Images [B, 3, h*patch, w*patch] -> tokens after the final norm [B, prefix + h*w, dim]; the prefix is CLS
     (if cls) and registers. grid: None for DINOv3's rotary positions, n for a learned position embedding of
-    CLS and n*n patches, resized (bicubic) in one of the two ways of DINOv2's releases: `offset`, `antialias`.
+    CLS and n*n patches, resized (bicubic) as each release does it: with `offset` 0.1 (DINO, DINOv2), with
+    `antialias` (DINOv2 with registers), or plainly. Nothing in a file tells which, and n*n patches need none.
     imagenet: whether the caller normalises images by ImageNet's statistics, or leaves them in [-1, 1].
     """
 

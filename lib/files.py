@@ -221,10 +221,11 @@ DOWNLOADS = {
 
 
 def find_weights(name, weights_dir=None):
-    """Return where a file is: a bare name in weights_dir, $SVG_WEIGHTS or weights/; a path as it is."""
-    if os.path.sep in str(name):
+    """Return where a file is: a bare name in weights_dir, $SVG_WEIGHTS or weights/, else here; or a path."""
+    path = Path(weights_dir or os.environ.get("SVG_WEIGHTS") or "weights") / name
+    if os.path.sep in str(name) or os.path.isfile(name) and not path.exists():
         return Path(name)
-    return Path(weights_dir or os.environ.get("SVG_WEIGHTS") or "weights") / name
+    return path
 
 
 def missing_weights(path):

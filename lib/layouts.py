@@ -115,10 +115,10 @@ def detect_architecture(weights, known):
     if "register_tokens" in weights:
         seen["registers"] = weights["register_tokens"].shape[1]
     absent = {"registers": 0, "swiglu": False, "cls": True}
-    for name, config in known.items():
-        if seen.items() <= {**absent, **config}.items():
-            return name
-    raise ValueError(f"a ViT with {seen} is none of {', '.join(known)}")
+    fits = [name for name, config in known.items() if seen.items() <= {**absent, **config}.items()]
+    if len(fits) != 1:
+        raise ValueError(f"{' and '.join(fits) or 'none'} of ENCODERS in svg.py have {seen}")
+    return fits[0]
 
 
 # -- Autoencoders, and the SVG authors' files --------------------------------------------------------------

@@ -5,6 +5,7 @@ The weights are a formula of names and shapes (assets/golden*.npz, helpers.weigh
 import functools
 import unittest
 import warnings
+from unittest import mock
 
 import numpy as np
 import torch
@@ -163,9 +164,12 @@ class Encoders(Case):
                 (positions, r"pos_embed.*\[1, 196, 768\].*\[1, 256, 768\]"),
                 ({"extra": torch.zeros(1)}, "Unexpected.*extra"),
                 ({"embeddings.patch_embedding.weight": torch.zeros(768, 3, 8, 8)},
-                 "'patch': 8, 'registers': 0, 'swiglu': False, 'cls': False} is none of .*siglip2")):
+                 "none of ENCODERS in svg.py have .*'patch': 8, 'registers': 0, 'swiglu': False, 'cls'")):
             with self.assertRaisesRegex(UserError, f"tower.safetensors: .*{words}"):
                 svg.encoder_from_weights({**tower, **change}, "tower.safetensors")
+        with (mock.patch.dict(svg.ENCODERS, twin=svg.ENCODERS["siglip2_vitb16_256"]),
+              self.assertRaisesRegex(UserError, "siglip2_vitb16_256 and twin of ENCODERS in svg.py have")):
+            svg.encoder_from_weights(tower, "tower")
 
 
 class Authors(Case):

@@ -36,7 +36,7 @@ MISSING_FILES = [
 ]
 
 BAD_FILES = [
-    *[(f"train_ae --data good --encoder ./{file}", file, *words) for file, *words in (
+    *[(f"train_ae --data good --encoder {file}", file, *words) for file, *words in (
         ("text.pt", "not a readable checkpoint"), ("half.pt", "damaged"), ("string.pt", "str"),
         ("half.safetensors", "damaged"), ("nowhere.pth", "no such file"), ("args.pt", "argparse.Namespace"),
         ("module.pt", "torch.nn.modules.linear.Linear", "state_dict()"), ("bit.pt", "checksum"),
