@@ -2,7 +2,7 @@
 
     image -> frozen DINO tokens + aligned residual tokens = latent -> noise -> velocity -> latent -> image
 
-Read from top to bottom. The paper's symbols and the shapes:
+In the order of the data; README.md has a shorter reading order. The paper's symbols and the shapes:
 
     x      image          float RGB [B, 3, H, W] in [-1, 1]
     z      latent         tokens [B, N, C], row-major, N = H/16 * W/16, C = 384 (DINO) + 8 (residual)

@@ -322,7 +322,7 @@ def spread_batches(dataset, count, batch, workers, device):
     """Yield this rank's share of `count` images spread over the dataset: float [b, 3, H, W] in [-1, 1]."""
     indices = np.linspace(0, len(dataset), min(count, len(dataset)), endpoint=False).astype(int)
     indices = indices[runs.rank()::runs.world_size()].tolist()
-    for _, images, _, _ in in_batches(dataset, indices, batch, workers, "measuring the latents"):
+    for _, images, _, _ in in_batches(dataset, indices, batch, workers, "measuring statistics"):
         yield to_float(images, device)
 
 
