@@ -185,6 +185,7 @@ def main():
     torch.backends.cudnn.benchmark = True  # every batch has the same shape
 
     # Data, models and optimisers.
+    dataset = data.open_data(args.data, args.image_size, random_crop=True, seed=args.seed)
     torch.manual_seed(args.seed)  # every rank starts from the same weights
     encoder = svg.load_encoder(runs.fetch_weights(args.encoder, args.weights))
     model = build_autoencoder(encoder, args)
@@ -248,7 +249,6 @@ def main():
         return losses, grad_norm, skipped
 
     # The run, new or resumed.
-    dataset = data.open_data(args.data, args.image_size, random_crop=True, seed=args.seed)
     run = runs.Run("autoencoder", args, encoder.fingerprint, **data.dataset_identity(dataset))
     runs.say_start(device, args.precision, runs.describe(dataset, args.data),
                    runs.millions(autoencoder=model, decoder=model.decoder), f"writes {run.path}/")

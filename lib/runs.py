@@ -17,6 +17,7 @@ import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from datetime import timedelta
@@ -238,7 +239,8 @@ def add_training_flags(parser, name, batch, lr, steps):
     add("--recompute", action="store_true",
         help="recompute activations in the backward pass: less memory, slower")
     add("--clip", type=number(), default=0.0, help="largest gradient norm; 0: no clipping")
-    add("--workers", type=not_negative, default=8, help="data loading processes per training process")
+    add("--workers", type=not_negative, default=min(8, os.cpu_count() or 8),
+        help="data loading processes per training process")
     add("--log-every", type=positive, default=100, help="steps between progress lines")
     add("--save-every", type=positive, default=5000, help="steps between checkpoints")
     add("--preview-every", type=positive, default=5000, help="steps between preview grids")
@@ -358,8 +360,8 @@ def say_start(device, precision, *parts):
 
 
 def describe(dataset, name):
-    """Return "photos: 1,000 images, 20 classes (arch, bear, ...)"."""
-    shown = ", ".join([*dataset.classes[:3], "..."][:len(dataset.classes)])
+    """Return "photos: 1,000 images, 20 classes (arch, bear, ...)", with as many names as fit a line."""
+    shown = textwrap.shorten(", ".join(dataset.classes), 150, break_on_hyphens=False, placeholder=" ...")
     return f"{name}: {len(dataset):,} images, {len(dataset.classes):,} classes ({shown})"
 
 

@@ -30,7 +30,8 @@ MISSING_FILES = [
     ("train_ae --data good", "weights/vit_small_plus_patch16_dinov3_qkvb.lvd1689m.safetensors", *OFFLINE),
     ("train_ae --data good --encoder dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "ai.meta.com",
      "weights/dinov3_vits16plus_pretrain_lvd1689m-4057cbaa.pth", "vit_small_plus_patch16_dinov3_qkvb"),
-    ("train_ae --encoder dinov2_vits14_pretrain.pth --weights w", "w/dinov2_vits14_pretrain.pth", *OFFLINE),
+    ("train_ae --data good --encoder dinov2_vits14_pretrain.pth --weights w", "w/dinov2_vits14_pretrain.pth",
+     *OFFLINE),
     (NEW_AE + " --lpips 1 --weights w", "w/vgg16-397923af.pth", *OFFLINE),
     ("fid good --save-stats x.npz --weights w", "w/pt_inception-2015-12-05-6726825d.pth", *OFFLINE),
 ]
@@ -72,7 +73,7 @@ OUT_OF_RANGE = [
 BAD_FLAGS = [
     *[(f"{program} {flag}", flag) for program, *flags in (
         ("sample", "--nonsense", "--dem", "--classes unicorn", "--guidance-interval 1 0"),
-        (NEW_AE, "--image-size 48", "--decoder-mult 1,1"),
+        (NEW_AE, "--grid 3", "--decoder-mult 1,1"),
         (NEW_DIT, "--model 2,30,4", "--model S")) for flag in flags],
     *[(f"sample {flag} {value}", flag, *words) for flag, value, *words in (
         ("--npz", "nowhere/x.npz", "nowhere/x.npz", "no folder"), ("--guidance", "1e300", "0 to 1000"),
