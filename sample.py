@@ -64,7 +64,7 @@ def describe_sampler(args):
     return f"{args.steps} {args.sampler.title()} steps, guidance {args.guidance:g}, shift {args.shift:g}"
 
 
-def evaluations(args):
+def evaluations(sampler, **settings):
     """Return how often a sample evaluates the network (NFE); a guided velocity takes two evaluations."""
     counted = []
 
@@ -73,7 +73,7 @@ def evaluations(args):
         return x
 
     velocity.num_classes = 0
-    svg.SAMPLERS[args.sampler](velocity, torch.zeros(1, 1, 1), torch.tensor([0]), **flow_settings(args))
+    svg.SAMPLERS[sampler](velocity, torch.zeros(1, 1, 1), torch.tensor([0]), **settings)
     return sum(counted)
 
 
@@ -234,7 +234,7 @@ def main():
     name = "the shipped demo.pt" if Path(path) == shapes.DEMO_PT else path
     runs.say_start(device, args.precision, str(name), runs.millions(SiT=sit, decoder=ae.decoder),
                    f"writes {args.num} images to {out}/")
-    runs.say(f"{sampler}: {evaluations(args)} network evaluations (NFE) an image")
+    runs.say(f"{sampler}: {evaluations(args.sampler, **flow_settings(args))} network evaluations (NFE) an image")
     if args.compile:
         compile_models(sit, ae)
 

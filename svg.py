@@ -334,16 +334,19 @@ def match_distribution(residual, feature_statistics, residual_statistics):
     return (residual - residual_mean) / (residual_std + 1e-6) * feature_std + feature_mean
 
 
-def token_statistics(batches, channels):
-    """Return mean and std [C], in float64, of all tokens in batches [B, N, C] on all ranks together."""
-    sums = torch.zeros(2 * channels + 1, dtype=torch.float64)
+def token_statistics(batches, shape):
+    """Return mean and std, in float64, of tokens in batches [B, N, C] on all ranks together.
+
+    shape: that of each: (C,) over all tokens, (N, C) over each token of the images by itself.
+    """
+    sums = torch.zeros(3, *shape, dtype=torch.float64)
     for tokens in batches:
-        tokens = tokens.flatten(0, 1).cpu().double()
-        count = tokens.new_tensor([len(tokens)])
-        sums += torch.cat([tokens.sum(0), tokens.square().sum(0), count])
-    sums = all_reduce(sums)
-    mean, square = (sums[:-1] / sums[-1]).chunk(2)
-    return mean, (square - mean.square()).clamp(min=1e-12).sqrt()
+        tokens = tokens.cpu().double().reshape(-1, *shape)
+        count = torch.full_like(tokens[0], len(tokens))
+        sums += torch.stack([tokens.sum(0), tokens.square().sum(0), count])
+    total, squares, count = all_reduce(sums)
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp(min=1e-12).sqrt()
 
 
 # -- The autoencoder: image <-> latent ---------------------------------------------------------------------
@@ -457,7 +460,7 @@ class Autoencoder(nn.Module):
         self.eval()
         if self.aligning:
             both = (torch.cat([self.feature_tokens(x), self.residual_tokens(x)], -1) for x in batches)
-            self.alignment.copy_(torch.stack(token_statistics(both, self.channels)))
+            self.alignment.copy_(torch.stack(token_statistics(both, (self.channels,))))
             self.alignment_batches.fill_(1)
             self.has_statistics = True
 
@@ -597,16 +600,20 @@ class SiT(nn.Module):
 
     y are class numbers; num_classes means "no class". model: "B", "L", "XL" or a dict of depth, dim, heads.
     grid: tokens per side. x_t and velocity are of normalised latents: `normalize` takes an autoencoder's
-    latents to them, `denormalize` back. A fresh model answers exactly zero.
+    latents to them, `denormalize` back. A fresh network answers exactly zero.
+
+    predict: what the network answers, the "velocity" or "x", the clean latent, of which forward makes the
+    velocity. statistics: latents are normalised per "channel" or per "element", each channel of each token.
     """
     recompute = False
 
-    def __init__(self, model="XL", channels=392, num_classes=1000, grid=16, qk_norm=True):
+    def __init__(self, model="XL", channels=392, num_classes=1000, grid=16, qk_norm=True, predict="velocity",
+                 statistics="channel"):
         super().__init__()
         size = SIT_SIZES[model] if isinstance(model, str) else dict(model)
         dim = size["dim"]
         self.config = {"model": size, "channels": channels, "num_classes": num_classes, "grid": grid,
-                       "qk_norm": qk_norm}
+                       "qk_norm": qk_norm, "predict": predict, "statistics": statistics}
         self.channels = channels
         self.num_classes = num_classes
         self.grid = grid
@@ -616,9 +623,10 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", sincos_positions(dim, grid)[None], persistent=False)
         self.blocks = nn.ModuleList(SiTBlock(dim, size["heads"], qk_norm) for _ in range(size["depth"]))
         self.final_layer = FinalLayer(dim, channels)
-        # Of the latents, per channel; not a number as long as they are unknown.
-        self.register_buffer("latent_mean", torch.full((channels,), math.nan))
-        self.register_buffer("latent_std", torch.full((channels,), math.nan))
+        # Of the latents; not a number as long as they are unknown.
+        shape = (grid * grid, channels) if statistics == "element" else (channels,)
+        self.register_buffer("latent_mean", torch.full(shape, math.nan))
+        self.register_buffer("latent_std", torch.full(shape, math.nan))
         self.initialize()
 
     def initialize(self):
@@ -635,15 +643,18 @@ class SiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, t, y):
-        x = self.x_embedder(x) + self.pos_embed
+    def forward(self, x_t, t, y):
+        x = self.x_embedder(x_t) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             x = run_block(block, x, c, recompute=self.recompute)
-        return self.final_layer(x, c)
+        answer = self.final_layer(x, c)
+        if self.config["predict"] == "x":
+            return (answer - x_t) / (1 - t.view(-1, 1, 1)).clamp(min=0.05)
+        return answer
 
     def normalize(self, latents):
-        """Give an autoencoder's latents [B, N, C] zero mean and unit variance per channel."""
+        """Give an autoencoder's latents [B, N, C] zero mean and unit variance."""
         return (latents - self.latent_mean) / self.latent_std
 
     def denormalize(self, latents):
@@ -651,18 +662,20 @@ class SiT(nn.Module):
         return latents * self.latent_std + self.latent_mean
 
     def set_latent_stats(self, mean, std):
-        """Set the latents' mean and std [C]; UserError for those of other latents."""
-        fit = mean.shape == std.shape == self.latent_mean.shape
+        """Set the latents' mean and std, flat or like the buffers; UserError for those of other latents."""
+        own = self.latent_mean
+        fit = mean.numel() == std.numel() == own.numel()
         if not fit or not (mean.isfinite() & (std > 0) & std.isfinite()).all():
-            raise UserError(f"latent statistics of {mean.numel()} channels are not {self.channels} finite "
-                            f"means and deviations above 0")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
+            raise UserError(f"latent statistics of {mean.numel()} numbers are not {own.numel()} finite means "
+                            f"and deviations above 0")
+        own.copy_(mean.view_as(own))
+        self.latent_std.copy_(std.view_as(own))
 
     @torch.no_grad()
     def measure_latents(self, encode, batches):
         """Set mean and std of the latents that encode(images) gives of batches of images on all ranks."""
-        self.set_latent_stats(*token_statistics((encode(images) for images in batches), self.channels))
+        shape = self.latent_mean.shape
+        self.set_latent_stats(*token_statistics((encode(images) for images in batches), shape))
 
 
 def load_sit(path, ema=True):
@@ -766,11 +779,20 @@ def heun_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True
                 guidance_interval=(0.0, 1.0)):
     """Integrate as euler_sample does, by Heun's method of second order, the trapezoid rule.
 
-    A step is x + dt (v(x, t) + v(x + dt v(x, t), t + dt)) / 2, also the last one, which ends at t = 1.
+    A step is x + dt (v(x, t) + v(x + dt v(x, t), t + dt)) / 2, but the last one is Euler's, as in EDM.
     zero_init skips the whole first step, as in euler_sample; that leaves an error of first order.
     """
+    x = trapezoid_sample(model, noise, y, steps, guidance, shift, zero_init, guidance_interval, steps - 1)
+    t = euler_times(steps, shift)[-2]
+    return x + (1 - t) * guided_velocity(model, x, t, y, guidance, guidance_interval)
+
+
+@torch.no_grad()
+def trapezoid_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
+                     guidance_interval=(0.0, 1.0), stop=None):
+    """Integrate by the trapezoid rule in all steps, also the last one (an experiment)."""
     x = noise.float()
-    for i, (t, t_next) in enumerate(itertools.pairwise(euler_times(steps, shift))):
+    for i, (t, t_next) in enumerate(itertools.pairwise(euler_times(steps, shift)[:stop and stop + 1])):
         if zero_init and i == 0 and steps != 1 and is_guided(t, guidance, guidance_interval):
             continue
         v = guided_velocity(model, x, t, y, guidance, guidance_interval)
@@ -779,7 +801,7 @@ def heun_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True
     return x
 
 
-SAMPLERS = {"euler": euler_sample, "heun": heun_sample}
+SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "trapezoid": trapezoid_sample}
 
 
 def sample_noise(seed, indices, shape):

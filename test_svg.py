@@ -292,14 +292,14 @@ class Sampler(Case):
             self.close(z, x + 3.5 - skipped)
 
     def test_printed_evaluations_are_those_made(self):
-        for euler, heun, settings in [(5, 10, {}), (10, 20, {"guidance": 2}), (1, 2, {"steps": 1}),
+        for euler, heun, settings in [(5, 9, {}), (10, 18, {"guidance": 2}), (1, 1, {"steps": 1}),
                                       (8, 16, {"guidance": 2, "zero_init": True}),
                                       (2, 4, {"guidance": 2, "zero_init": True, "steps": 1}),
                                       (6, 12, {"guidance": 2, "guidance_interval": [0.1, 0.3]})]:
             for name, count in (("euler", euler), ("heun", heun)):
                 args = mock.Mock(sampler=name, **{"steps": 5, "guidance": 1, "zero_init": False, "shift": 1,
                                                   "guidance_interval": [0, 1], **settings})
-                self.assertEqual(sample.evaluations(args), count, (name, settings))
+                self.assertEqual(sample.evaluations(name, **sample.flow_settings(args)), count, (name, settings))
         command = f"sample --ckpt {shapes.DEMO_PT} --num 2 --steps 3"
         self.assertIn("3 Euler steps, guidance 4, shift 0.15: 4 network evaluations", ok(command))
         shown = ok(command + " --sampler heun --out h")

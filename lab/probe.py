@@ -5,6 +5,7 @@
     python -m lab.probe depth --data nyu/official_splits                  # FPN head: RMSE, A.Rel
     python -m lab.probe space --data imagenet/val                         # separability, t-SNE (figure 4a)
     python -m lab.probe pca --class 207                                   # hidden states (figures 10, 11)
+    python -m lab.probe flow --data imagenet/val --ckpt runs/dit/last.pt  # loss by t, distance by evaluations
     python -m lab.probe features --encoder dinov2_vits14_pretrain.pth --images a.jpg b.jpg
     python -m lab.probe toy                                               # mean velocity fields (figure 4b)
 
@@ -26,10 +27,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import svg
+from fid import frechet_distance, moments
 from lab import dense, maps
-from lib import data, files, runs, shapes
+from lib import data, figures, files, runs, shapes
 from lib.files import UserError
-from sample import add_model_flags, class_numbers, find_models
+from sample import add_model_flags, class_numbers, evaluations, find_models
 
 # -- Frozen features ---------------------------------------------------------------------------------------
 
@@ -276,6 +278,56 @@ def compare_spaces(args):
            picture)
 
 
+# -- The flow: how far samples are from images, with no decoder between ------------------------------------
+
+def gaussian_distance(a, b):
+    """Return the Frechet distance of Gaussians through the rows of a [n, D] and b [m, D]."""
+    parts = []
+    for count, mean, scatter in map(moments, (a, b)):
+        parts += [mean.cpu(), scatter.cpu() / (count - 1)]
+    return frechet_distance(*parts)
+
+
+@torch.no_grad()
+def flow(args):
+    """Flow loss by t; Frechet distance of samples from held-out images by evaluations of the network.
+
+    Distances are of the encoder's channels, each in units of its deviation: "pooled" of their means over an
+    image, "tokens" of the tokens one by one. Samples are as many as the images, of the same classes, unguided.
+    """
+    sit, ae, path = find_models(args, args.device, decode_only=False)
+    dataset = data.open_data(args.data, ae.image_size)
+    if dataset.classes != sit.meta.get("classes", dataset.classes) or len(dataset.classes) != sit.num_classes:
+        raise UserError(f"--data {args.data}: not the classes that {path} was trained on")
+    chosen = torch.from_numpy(evenly(len(dataset), args.images))
+    with runs.autocast(args.device, args.precision):
+        latents, y = encode(ae.encode, dataset, chosen, args)
+        noise = svg.sample_noise(args.seed, range(len(y)), latents.shape[1:]).to(args.device)
+        parts = list(zip(*(x.split(ENCODE_BATCH) for x in (sit.normalize(latents), noise, y)), strict=True))
+
+        losses = {}
+        for u in runs.progress(torch.arange(0.05, 1, 0.1).tolist(), "loss", 10 * len(y), lambda _: len(y)):
+            loss = [svg.flow_loss(sit, z, c, u=torch.full((len(z),), u).to(z), noise=n) for z, n, c in parts]
+            losses[f"{svg.shift_time(u, 0.4):.3f}"] = torch.cat(loss).mean().item()
+
+        real = latents[..., :ae.feature_channels]
+        real /= (scale := real.std((0, 1)))
+        distances = {}
+        for name, sampler in svg.SAMPLERS.items():
+            distances[name] = {}
+            for budget in args.evaluations:
+                settings = {"guidance": 1.0, "shift": args.shift}
+                fits = [n for n in range(1, budget + 1) if evaluations(name, steps=n, **settings) <= budget]
+                shown = runs.progress(parts, f"{name} {budget}", len(y), lambda part: len(part[2]))
+                z = torch.cat([sampler(sit, n, c, fits[-1], **settings) for _, n, c in shown])
+                fake = sit.denormalize(z)[..., :ae.feature_channels] / scale
+                distances[name][str(budget)] = {
+                    "steps": fits[-1], "pooled": gaussian_distance(fake.mean(1), real.mean(1)),
+                    "tokens": gaussian_distance(fake.flatten(0, 1), real.flatten(0, 1))}
+    report(args, {"of": str(path), "images": len(y), "loss": float(np.mean([*losses.values()])),
+                  "loss_by_t": losses, "distance": distances})
+
+
 # -- Mean velocity fields of two classes, entangled and separated (figure 4b) ------------------------------
 
 BLOBS = torch.cartesian_prod(torch.tensor([-2.0, 2.0]), torch.tensor([-0.8, 0.0, 0.8]))  # two groups of three
@@ -364,7 +416,7 @@ def record(rows, name, block, inputs, out):
 # -- The command -------------------------------------------------------------------------------------------
 
 PROBES = {"classify": classify, "segment": predict_densely, "depth": predict_densely, "space": compare_spaces,
-          "pca": pca, "features": show_features, "toy": toy}
+          "pca": pca, "flow": flow, "features": show_features, "toy": toy}
 LAYOUTS = {"classify": "class folders of images, or packed sets, in train/ and val/",
            "space": "class folders of images, or a packed set", **dense.LAYOUTS}  # what --data holds
 PAPER = {  # the defaults, of flags and of settings that have none
@@ -374,6 +426,7 @@ PAPER = {  # the defaults, of flags and of settings that have none
     "depth": {"data": "data/nyu", "size": 480, "lr": 5e-4, "wd": 1e-2, "batch": 24, "epochs": 25, "warmup": 1,
               "steps": None, "width": 256, "outputs": 1, "least_scale": 1.0},  # scaling changes the depth
     "space": {"data": "data/imagenet/val"},
+    "flow": {"data": "data/imagenet/val"},
 }
 TINY = {"ae": shapes.DEMO_PT, "size": shapes.SIZE, "workers": 0}
 DEMO = {  # those of --demo; 11 are the ground and ten shapes
@@ -381,6 +434,7 @@ DEMO = {  # those of --demo; 11 are the ground and ten shapes
     "segment": {**TINY, "lr": 2e-3, "steps": 300, "warmup": 30, "width": 64, "outputs": 11, "least_scale": 1},
     "depth": {**TINY, "lr": 2e-3, "epochs": 5, "width": 64},
     "space": {**TINY, "data": "shapes://val", "ae": [shapes.DEMO_PT], "images": 500},
+    "flow": {"data": "shapes://val", "workers": 0},
 }
 
 
@@ -388,7 +442,7 @@ def parse_args():
     """Parse the command line."""
     parser = runs.Parser(__doc__)
     subparsers = parser.add_subparsers(dest="probe", required=True,
-                                       metavar="classify | segment | depth | space | pca | features | toy")
+                                       metavar="classify | segment | depth | space | pca | flow | features | toy")
     commands = {name: subparsers.add_parser(name, doc=probe.__doc__, demo=DEMO.get(name))
                 for name, probe in PROBES.items()}
 
@@ -414,9 +468,10 @@ def parse_args():
     add("features", "--images", required=True, nargs="+", help="pictures, one a column")
     add(inputs, "--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add(inputs, "--size", type=runs.positive, default=256, help="pixels per side of a crop")
-    add("classify segment depth space", "--workers", type=runs.not_negative, default=8, help="data processes")
-    add_model_flags(commands["pca"].add_argument)
-    add(inputs, "--precision", choices=("fp32", "bf16"),
+    add("classify segment depth space flow", "--workers", type=runs.not_negative, default=8, help="data processes")
+    for name in ("pca", "flow"):
+        add_model_flags(commands[name].add_argument)
+    add(f"{inputs} flow", "--precision", choices=("fp32", "bf16"),
         default="bf16" if torch.cuda.is_available() else "fp32", help="arithmetic of the frozen models")
 
     # Heads.
@@ -428,8 +483,12 @@ def parse_args():
     add("segment", "--steps", type=runs.positive, help="training steps")
 
     # Spaces and hidden states.
-    add("space", "--images", type=runs.positive, default=1000, help="images in all, shared by the classes")
+    add("space flow", "--images", type=runs.whole(2), default=1000, help="images in all, evenly spaced")
     add("space", "--classes", type=runs.positive, default=20, help="number of classes, evenly spaced")
+    add("flow", "--data", help="class folders of images that the transformer has not seen, or a packed set")
+    add("flow", "--evaluations", type=runs.positive, nargs="+", default=[5, 10, 25],
+        help="of the network an image; a sampler takes as many steps as these allow")
+    add("flow", "--shift", type=runs.number(above=0), default=0.15, help="timestep shift in sampling")
     add("pca", "--image", help="picture to add noise to (default: a sample of --class)")
     add("pca", "--class", dest="class_", default="0", help="number or name of the class that is given")
     for name, defaults in PAPER.items():
