@@ -29,7 +29,7 @@ from torch import nn
 import svg
 from fid import frechet_distance, moments
 from lab import dense, maps
-from lib import data, figures, files, runs, shapes
+from lib import data, files, runs, shapes
 from lib.files import UserError
 from sample import add_model_flags, class_numbers, evaluations, find_models
 
