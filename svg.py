@@ -758,50 +758,36 @@ def guided_velocity(model, x, t, y, guidance=1.0, guidance_interval=(0.0, 1.0)):
 
 @torch.no_grad()
 def euler_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
-                 guidance_interval=(0.0, 1.0)):
+                 guidance_interval=(0.0, 1.0), heun=False):
     """Integrate noise [B, N, C] (t = 0) to latents [B, N, C] (t = 1) for labels y [B] in `steps` Euler steps.
 
     steps: a number, or the times themselves: from data back to noise they invert the flow. guidance: 1 is
     none; it acts where t lies in guidance_interval. zero_init: a guided first step of several is skipped, as
-    if its velocity were 0.
+    if its velocity were 0. heun: see heun_sample.
     """
     x = noise.float()
     times = euler_times(steps, shift) if isinstance(steps, int) else steps
     for i, (t, t_next) in enumerate(itertools.pairwise(times)):
         if zero_init and i == 0 and steps != 1 and is_guided(t, guidance, guidance_interval):
             continue
-        x = x + (t_next - t) * guided_velocity(model, x, t, y, guidance, guidance_interval)
-    return x
-
-
-@torch.no_grad()
-def heun_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
-                guidance_interval=(0.0, 1.0)):
-    """Integrate as euler_sample does, by Heun's method of second order, the trapezoid rule.
-
-    A step is x + dt (v(x, t) + v(x + dt v(x, t), t + dt)) / 2, but the last one is Euler's, as in EDM.
-    zero_init skips the whole first step, as in euler_sample; that leaves an error of first order.
-    """
-    x = trapezoid_sample(model, noise, y, steps, guidance, shift, zero_init, guidance_interval, steps - 1)
-    t = euler_times(steps, shift)[-2]
-    return x + (1 - t) * guided_velocity(model, x, t, y, guidance, guidance_interval)
-
-
-@torch.no_grad()
-def trapezoid_sample(model, noise, y, steps, guidance=1.0, shift=0.15, zero_init=True,
-                     guidance_interval=(0.0, 1.0), stop=None):
-    """Integrate by the trapezoid rule in all steps, also the last one (an experiment)."""
-    x = noise.float()
-    for i, (t, t_next) in enumerate(itertools.pairwise(euler_times(steps, shift)[:stop and stop + 1])):
-        if zero_init and i == 0 and steps != 1 and is_guided(t, guidance, guidance_interval):
-            continue
         v = guided_velocity(model, x, t, y, guidance, guidance_interval)
-        v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, guidance, guidance_interval)
-        x = x + (t_next - t) * (v + v_next) / 2
+        if heun and i < len(times) - 2:
+            v_next = guided_velocity(model, x + (t_next - t) * v, t_next, y, guidance, guidance_interval)
+            v = (v + v_next) / 2
+        x = x + (t_next - t) * v
     return x
 
 
-SAMPLERS = {"euler": euler_sample, "heun": heun_sample, "trapezoid": trapezoid_sample}
+def heun_sample(*args, **kwargs):
+    """Integrate as euler_sample does, by Heun's method of second order: 2 steps - 1 evaluations (EDM).
+
+    A step takes the mean of the velocities at its beginning and at Euler's end; the last one is Euler's.
+    With zero_init the skipped step leaves an error of first order.
+    """
+    return euler_sample(*args, **kwargs, heun=True)
+
+
+SAMPLERS = {"euler": euler_sample, "heun": heun_sample}
 
 
 def sample_noise(seed, indices, shape):

@@ -1,4 +1,4 @@
-"""Grids of pictures and loss curves: arrays in, Pillow images out; nothing here reads or writes a file."""
+"""Grids of pictures and line charts: arrays in, Pillow images out; nothing here reads or writes a file."""
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -31,12 +31,16 @@ def grid_image(images, columns, labels=None, title="", tile=None):
 
 
 def loss_curve(entries, title):
-    """Draw every *loss of a log against the step, on one labelled scale; None for fewer than two entries."""
+    """Draw every *loss of a log against the step; None for fewer than two entries."""
     if len(entries) < 2:
         return None
     names = [name for name in entries[-1] if name.endswith("loss")]
-    curves = [[(e["step"], e[name]) for e in entries if name in e] for name in names]
-    points = np.array([point for curve in curves for point in curve] or [(0, 0)], float)
+    return line_chart({name: [(e["step"], e[name]) for e in entries if name in e] for name in names}, title)
+
+
+def line_chart(curves, title):
+    """Draw curves {name: [(x, y), ...]} on one labelled scale."""
+    points = np.array([point for curve in curves.values() for point in curve] or [(0, 0)], float)
     low = points.min(0)
     span = np.maximum(np.ptp(points, 0), 1e-12)
 
@@ -46,12 +50,12 @@ def loss_curve(entries, title):
     pen = ImageDraw.Draw(sheet)
     pen.text((60, 6), title, fill="black")
     for share in (0, 0.25, 0.5, 0.75, 1):
-        step, loss = low + share * span
+        value = low + share * span
         x, y = corner + share * extent
         pen.line((60, y, 704, y), fill="#dddddd")
-        pen.text((4, y - 7), f"{loss:.3g}", fill="black")
-        pen.text((x - 12, 370), f"{step:.0f}", fill="black")
-    for i, (name, curve, colour) in enumerate(zip(names, curves, COLOURS)):
+        pen.text((4, y - 7), f"{value[1]:.3g}", fill="black")
+        pen.text((x - 12, 370), f"{value[0]:.0f}", fill="black")
+    for i, ((name, curve), colour) in enumerate(zip(curves.items(), COLOURS)):
         placed = corner + (np.array(curve).reshape(-1, 2) - low) / span * extent
         pen.line(placed.ravel().tolist(), fill=colour, width=2)
         pen.text((60 + 160 * i, 24), name, fill=colour)

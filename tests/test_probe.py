@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import fid
 import svg
 from lab import dense, maps, probe
 from lib import data, shapes
@@ -303,6 +304,30 @@ class Spaces(Case):
         for y in (x, x[:, :20]):  # fewer rows than columns, and more
             u, s, _ = np.linalg.svd(y.numpy() - y.numpy().mean(0), full_matrices=False)
             self.close(maps.principal(y, 2).abs().float(), np.abs(u * s)[:, :2], 1e-2)
+
+    def test_flow_measures_the_loss_by_t_and_the_distance_of_samples_without_a_decoder(self):
+        numbers = measured("flow --demo --images 60 --evaluations 1 25 --seed 3 --shift 0.4")
+        sit, ae = svg.load_sit(shapes.DEMO_PT), svg.load_autoencoder(shapes.DEMO_PT)
+        dataset = shapes.dataset("shapes://val")
+        chosen = np.linspace(0, 1999, 60).round().astype(int).tolist()
+        y = torch.tensor([dataset[i, 0][1] for i in chosen])
+        with torch.no_grad():
+            latents = ae.encode(data.to_float(torch.from_numpy(np.stack([dataset[i, 0][0] for i in chosen])), "cpu"))
+            z, noise = sit.normalize(latents), svg.sample_noise(3, range(60), latents.shape[1:])
+            for i, (t, loss) in enumerate(numbers["loss_by_t"].items()):
+                exact = svg.shift_time((i + 0.5) / 10, 0.4)
+                self.assertAlmostEqual(float(t), exact, 3)
+                error = sit((1 - exact) * noise + exact * z, torch.full((60,), exact), y) - (z - noise)
+                self.assertAlmostEqual(loss, error.square().mean().item(), 3)
+            self.assertAlmostEqual(numbers["loss"], np.mean([*numbers["loss_by_t"].values()]), 3)
+            fake = sit.denormalize(svg.heun_sample(sit, noise, y, 13, shift=0.4))
+        fake, real = ((x[..., :64] / latents[..., :64].std((0, 1))).numpy() for x in (fake, latents))
+        found = numbers["distance"]["heun"]["25"]
+        self.assertEqual(found["steps"], 13)
+        for name, a, b in (("pooled", fake.mean(1), real.mean(1)), ("tokens", *(x.reshape(-1, 64) for x in (fake, real)))):
+            expected = fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
+            self.assertAlmostEqual(found[name] / expected, 1, 2)
+        self.assertLess(found["pooled"], numbers["distance"]["euler"]["1"]["pooled"])
 
     def test_pca_shows_the_states_that_the_sampler_goes_through_or_as_features_does_photos(self):
         with mock.patch("lab.maps.component_picture", wraps=maps.component_picture) as picture:

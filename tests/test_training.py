@@ -442,8 +442,8 @@ class Training(Case):
         ae = files.load_checkpoint(trained() / "runs/demo-ae/last.pt")
         ae["model"]["alignment_batches"].zero_()  # as the authors' file, without statistics of alignment
         torch.save({**ae, "fingerprint": files.fingerprint(ae["model"])}, "theirs.pt")
-        np.savez("stats.npz", mean=np.zeros(72), std=np.ones(72))
-        command = helpers.MINI_DIT + " --ae theirs.pt --steps"
+        np.savez("stats.npz", mean=np.zeros(16 * 72), std=np.ones(16 * 72))
+        command = helpers.MINI_DIT + " --ae theirs.pt --predict x --statistics element --steps"
         code, _, err = run(command, 1)
         self.assertEqual(code, 0, err)
         self.assertRegex(err, "^warning: theirs.pt has no alignment statistics.*\n$")
@@ -451,6 +451,7 @@ class Training(Case):
         with mock.patch("svg.SiT.measure_latents", None):  # never called again
             run(command, 2)
         resumed = last("demo-dit")
+        self.assertEqual([resumed["config"][key] for key in ("predict", "statistics")], ["x", "element"])
         given = train("given", command, 1, "--latent-stats", "stats.npz")
         for key in ("latent_mean", "latent_std"):
             for weights in (first["model"], resumed["ema"], resumed["model"]):
