@@ -50,7 +50,7 @@ BAD_FILES = [
         "text.pt", "half.pt", "mlp.pth", "runs/demo-dit/last.pt", "autoencoder.pt", "ae-config.pt",
         "ae-lacks.pt", "ae-changed.pt", "ae-nan.pt")],
     *[(f"sample --latent-stats {file}", *words) for file, *words in (
-        ("text.npz", "text.npz"), ("mlp.pth", "mlp.pth"), ("stats.npz", "5 channels", "72"),
+        ("text.npz", "text.npz"), ("mlp.pth", "mlp.pth"), ("stats.npz", "5 numbers", "72"),
         ("zero-std.npz", "deviations above 0"))],
     *[(f"{REAL_DIT} --data packed-{damage}", f"packed-{damage}", words) for damage, words in (
         ("labels", "not a whole packed set"), ("none", "0 images"), ("half", "not a whole packed set"))],
