@@ -311,7 +311,8 @@ def flow(args):
             losses[f"{svg.shift_time(u, 0.4):.3f}"] = torch.cat(loss).mean().item()
 
         real = latents[..., :ae.feature_channels]
-        real /= (scale := real.std((0, 1)))
+        scale = real.std((0, 1))
+        real = real / scale
         distances = {}
         for name, sampler in svg.SAMPLERS.items():
             distances[name] = {}
