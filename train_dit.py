@@ -32,10 +32,10 @@ def parse_args():
         "latents' channels cannot fit them (RAE, arXiv 2510.11690)")
     add("--no-qk-norm", dest="qk_norm", action="store_false",
         help="no LayerNorm of queries and keys (an ablation: the authors' run without it diverged)")
-    add("--predict", choices=("velocity", "x"), default="velocity", help="what the network answers")
-    add("--statistics", choices=("channel", "element"), default="channel", help="latents are normalised by")
-    add("--beta2", type=runs.number(0, 1), default=0.999, help="of AdamW")
-    add("--warmup", type=runs.not_negative, default=0, help="steps in which the learning rate rises")
+    add("--predict", choices=("velocity", "x"), default="velocity",
+        help="what the network answers, of which the velocity is made; x, the clean latent, wants --clip 1")
+    add("--statistics", choices=("channel", "element"), default="channel",
+        help="what of the latents is normalised by itself: channels, or each channel of each token")
     add("--ae", help="stage-1 checkpoint, ours or the authors', or a VAE in LDM's or diffusers' layout; "
         "default: the newest run")
     add("--latent-stats", help="file of the latents' mean and std, authors' or .npz, in place of measuring")
@@ -116,7 +116,7 @@ def main():
                     args.statistics).to(device)
     model.recompute = args.recompute
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, args.beta2), weight_decay=0,
+    opt = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.999), weight_decay=0,
                             fused=device.type != "mps")
     if args.compile:
         runs.compile_blocks(model, ae)
@@ -141,7 +141,6 @@ def main():
                 loss = svg.flow_loss(parallel_model, latents, labels, args.shift, u, n).sum() / len(y)
             loss.backward()
             total += loss.detach()
-        opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         grad_norm, skipped = runs.optimizer_step(opt, clip=args.clip)
         update_ema(ema, model, args.ema_decay)
         return {"loss": total}, grad_norm, skipped
