@@ -234,7 +234,8 @@ def main():
     name = "the shipped demo.pt" if Path(path) == shapes.DEMO_PT else path
     runs.say_start(device, args.precision, str(name), runs.millions(SiT=sit, decoder=ae.decoder),
                    f"writes {args.num} images to {out}/")
-    runs.say(f"{sampler}: {evaluations(args.sampler, **flow_settings(args))} network evaluations (NFE) an image")
+    nfe = evaluations(args.sampler, **flow_settings(args))
+    runs.say(f"{sampler}: {nfe} network evaluations (NFE) an image")
     if args.compile:
         compile_models(sit, ae)
 

@@ -293,7 +293,7 @@ def flow(args):
     """Flow loss by t; Frechet distance of samples from held-out images by evaluations of the network.
 
     Distances are of the encoder's channels, each in units of its deviation: "pooled" of their means over an
-    image, "tokens" of the tokens one by one. Samples are as many as the images, of the same classes, unguided.
+    image, "tokens" of the tokens one by one. Samples: as many as the images, of the same classes, unguided.
     """
     sit, ae, path = find_models(args, args.device, decode_only=False)
     dataset = data.open_data(args.data, ae.image_size)
@@ -443,7 +443,7 @@ def parse_args():
     """Parse the command line."""
     parser = runs.Parser(__doc__)
     subparsers = parser.add_subparsers(dest="probe", required=True,
-                                       metavar="classify | segment | depth | space | pca | flow | features | toy")
+                                       metavar="classify|segment|depth|space|pca|flow|features|toy")
     commands = {name: subparsers.add_parser(name, doc=probe.__doc__, demo=DEMO.get(name))
                 for name, probe in PROBES.items()}
 
@@ -469,7 +469,8 @@ def parse_args():
     add("features", "--images", required=True, nargs="+", help="pictures, one a column")
     add(inputs, "--weights", help="folder of pretrained files (default: $SVG_WEIGHTS or weights/)")
     add(inputs, "--size", type=runs.positive, default=256, help="pixels per side of a crop")
-    add("classify segment depth space flow", "--workers", type=runs.not_negative, default=8, help="data processes")
+    add("classify segment depth space flow", "--workers", type=runs.not_negative, default=8,
+        help="data processes")
     for name in ("pca", "flow"):
         add_model_flags(commands[name].add_argument)
     add(f"{inputs} flow", "--precision", choices=("fp32", "bf16"),

@@ -46,7 +46,7 @@ CLASSES = sorted(OUTLINES)
 
 
 def _texture(rng, n, hue, value):
-    """Return two shades of a hue, RGB in [0, 255], and the second's share [n, n]: plain, striped or grainy."""
+    """Return two shades of a hue, RGB in [0, 255], the second's share [n, n]: plain, striped or grainy."""
     saturation = rng.uniform(0.5, 0.95)
 
     def shade():

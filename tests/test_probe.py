@@ -312,7 +312,8 @@ class Spaces(Case):
         chosen = np.linspace(0, 1999, 60).round().astype(int).tolist()
         y = torch.tensor([dataset[i, 0][1] for i in chosen])
         with torch.no_grad():
-            latents = ae.encode(data.to_float(torch.from_numpy(np.stack([dataset[i, 0][0] for i in chosen])), "cpu"))
+            images = torch.from_numpy(np.stack([dataset[i, 0][0] for i in chosen]))
+            latents = ae.encode(data.to_float(images, "cpu"))
             z, noise = sit.normalize(latents), svg.sample_noise(3, range(60), latents.shape[1:])
             for i, (t, loss) in enumerate(numbers["loss_by_t"].items()):
                 exact = svg.shift_time((i + 0.5) / 10, 0.4)
@@ -324,7 +325,8 @@ class Spaces(Case):
         fake, real = ((x[..., :64] / latents[..., :64].std((0, 1))).numpy() for x in (fake, latents))
         found = numbers["distance"]["heun"]["25"]
         self.assertEqual(found["steps"], 13)
-        for name, a, b in (("pooled", fake.mean(1), real.mean(1)), ("tokens", *(x.reshape(-1, 64) for x in (fake, real)))):
+        pairs = (fake.mean(1), real.mean(1)), (fake.reshape(-1, 64), real.reshape(-1, 64))
+        for name, (a, b) in zip(("pooled", "tokens"), pairs, strict=True):
             expected = fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
             self.assertAlmostEqual(found[name] / expected, 1, 2)
         self.assertLess(found["pooled"], numbers["distance"]["euler"]["1"]["pooled"])

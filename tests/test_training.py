@@ -464,8 +464,9 @@ class Training(Case):
         command = helpers.MINI_DIT + " --ema-decay .8 --save-every 1"
         out = ok(command + " --steps 7 --log-every 5 --milestone-every 3")
         self.assertIn("autoencoder runs/demo-ae/last.pt, step 4, fingerprint", out)
-        self.assertRegex(out, r"cpu, \d+ threads, fp32 \| shapes://train: 20,000 images, 10 classes \(arrow, "
-                              r"cross, .*, triangle\) \| SiT .*M, autoencoder .*M parameters \| writes runs/dem")
+        self.assertRegex(out, r"cpu, \d+ threads, fp32 \| shapes://train: 20,000 images, 10 classes "
+                              r"\(arrow, cross, .*, triangle\) \| SiT .*M, autoencoder .*M parameters "
+                              r"\| writes runs/dem")
         self.assertEqual(re.findall("^step (.*?) ", out, re.MULTILINE), ["5/7", "7/7"])
         self.assertEqual(logged("demo-dit"), [5, 7])
         self.assertEqual(sorted(p.name for p in Path("runs/demo-dit").glob("[0-9]*.pt")),
