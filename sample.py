@@ -46,7 +46,7 @@ def add_flow_flags(add, steps, shift):
 def add_sampler_flags(add):
     """Add --sampler, which images_of reads, and --no-zero-init, which flow_settings reads too."""
     add("--sampler", choices=svg.SAMPLERS, default="euler",
-        help="Heun: second order, two evaluations a step but the last (EDM, arXiv 2206.00364)")
+        help="Heun: second order, two evaluations a step (EDM, arXiv 2206.00364)")
     add("--no-zero-init", dest="zero_init", action="store_false", help="do not skip the first guided step")
 
 

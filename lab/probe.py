@@ -319,6 +319,8 @@ def flow(args):
             for budget in args.evaluations:
                 settings = {"guidance": 1.0, "shift": args.shift}
                 fits = [n for n in range(1, budget + 1) if evaluations(name, steps=n, **settings) <= budget]
+                if not fits:  # a step takes more
+                    continue
                 shown = runs.progress(parts, f"{name} {budget}", len(y), lambda part: len(part[2]))
                 z = torch.cat([sampler(sit, n, c, fits[-1], **settings) for _, n, c in shown])
                 fake = sit.denormalize(z)[..., :ae.feature_channels] / scale

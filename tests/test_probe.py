@@ -321,10 +321,10 @@ class Spaces(Case):
                 error = sit((1 - exact) * noise + exact * z, torch.full((60,), exact), y) - (z - noise)
                 self.assertAlmostEqual(loss, error.square().mean().item(), 3)
             self.assertAlmostEqual(numbers["loss"], np.mean([*numbers["loss_by_t"].values()]), 3)
-            fake = sit.denormalize(svg.heun_sample(sit, noise, y, 13, shift=0.4))
+            fake = sit.denormalize(svg.heun_sample(sit, noise, y, 12, shift=0.4))
         fake, real = ((x[..., :64] / latents[..., :64].std((0, 1))).numpy() for x in (fake, latents))
         found = numbers["distance"]["heun"]["25"]
-        self.assertEqual(found["steps"], 13)
+        self.assertEqual(found["steps"], 12)
         pairs = (fake.mean(1), real.mean(1)), (fake.reshape(-1, 64), real.reshape(-1, 64))
         for name, (a, b) in zip(("pooled", "tokens"), pairs, strict=True):
             expected = fid.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T))
