@@ -33,7 +33,8 @@ def parse_args():
     add("--no-qk-norm", dest="qk_norm", action="store_false",
         help="no LayerNorm of queries and keys (an ablation: the authors' run without it diverged)")
     add("--predict", choices=("velocity", "x"), default="velocity",
-        help="what the network answers, of which the velocity is made; x, the clean latent, wants --clip 1")
+        help="what the network answers, of which the velocity is made; x, the clean latent, wants --clip 1 "
+        "and 10,000 steps rather than 2,000")
     add("--statistics", choices=("channel", "element"), default="channel",
         help="what of the latents is normalised by itself: channels, or each channel of each token")
     add("--ae", help="stage-1 checkpoint, ours or the authors', or a VAE in LDM's or diffusers' layout; "
