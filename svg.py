@@ -64,9 +64,10 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary=None):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q = self.q_norm(q).to(v.dtype)  # [B, heads, N, D/heads]
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).unbind(2)
+        q = self.q_norm(q).to(v.dtype)  # in the order of memory: compiled, one pass instead of two
         k = self.k_norm(k).to(v.dtype)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # [B, heads, N, D/heads]
         if rotary is not None:
             q = rotate(q, rotary)
             k = rotate(k, rotary)

@@ -287,6 +287,8 @@ def compile_blocks(*models):
     """Compile each block of the transformers in some models, of which equal ones share a graph."""
     torch._dynamo.config.recompile_limit = 64  # two kinds of ViT, training and eval, last batches
     torch._dynamo.config.optimize_ddp = False  # blocks are smaller than its buckets already
+    # Channels last also where a convolution narrows: stage 1 is 7% faster on an H200.
+    torch._inductor.config.force_layout_optimization = True
     for model in models:
         for module in model.modules():
             for block in getattr(module, "blocks", ()):
